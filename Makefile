@@ -1,0 +1,48 @@
+# Every target sets up the environment first, so any of them works on a bare machine.
+PYTHON ?= python3#           the Python (3.11) that the environment is made from
+RECIPE ?= vit-base#          a name in pipeline/recipes, or a YAML file
+DATASET ?=#                  a Hub id, a local folder, or digits (default: the recipe's)
+MODEL ?=#                    a Hub id or a local folder (default: the recipe's; evaluate: the last run)
+NPROC ?= 1#                  processes, started by accelerate
+ARGS ?=#                     anything else, as in ARGS="--learning_rate=2e-4 --seed=1"
+
+BIN := .venv/bin
+SELECT = $(if $(DATASET),--dataset $(DATASET)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
+LAUNCH = $(BIN)/$(if $(filter 1,$(NPROC)),python,accelerate launch --num_processes $(NPROC))
+
+help: ## list the targets and their variables
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
+	@sed -nE 's/^([A-Z]+) \?= ?(.*)# +(.*)/  \1=\2\t\3/p' Makefile | expand -t 18
+
+setup: .venv/.runs ## make .venv from requirements.txt
+
+.venv/.runs: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/.tests: requirements-dev.txt .venv/.runs
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+train: setup ## fine-tune by RECIPE; run again, it resumes
+	$(LAUNCH) scripts/train_vit.py --recipe $(RECIPE) $(SELECT)
+
+evaluate: setup ## score MODEL on the test split
+	$(LAUNCH) scripts/evaluate_vit.py $(SELECT)
+
+demo: setup ## the whole way on scikit-learn's digits, in minutes, on any machine
+	$(BIN)/python scripts/train_vit.py --recipe demo $(ARGS)
+	$(BIN)/python scripts/evaluate_vit.py --model models/demo --output results/demo
+
+test: .venv/.tests ## run the tests
+	$(BIN)/python -m pytest -q
+
+lint: .venv/.tests ## check the code's form
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean: ## remove .venv, models and results
+	rm -rf .venv models results .pytest_cache .ruff_cache
+
+.PHONY: help setup train evaluate demo test lint clean

@@ -1,0 +1,1 @@
+"""Fine-tune a Vision Transformer on images, and measure what came of it."""
