@@ -1,0 +1,181 @@
+"""Score a model on a split, and write down what came of it and from what.
+
+The results carry the hashes of the weights and of the image processor, so that whatever is
+made of them later (card, push, Space) can refuse another model's.
+"""
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from huggingface_hub import hf_hub_download
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from pipeline import environment
+from pipeline.data import Batches, content_hash, load_splits
+from pipeline.errors import UserError
+from pipeline.metrics import ImageClassification
+from pipeline.model import load
+from pipeline.preprocess import preprocess
+from pipeline.recipe import DataArguments
+from pipeline.revision import hub_commit, is_local
+
+FILES = ("model.safetensors", "config.json", "preprocessor_config.json")
+
+
+def evaluate(name: str, data: DataArguments, split: str = "test", batch_size: int = 128) -> dict:
+    """Score a model, a folder or `id@revision` on the Hub, on one split, in float32.
+
+    Returns the results as plain values for JSON: the metrics of `ImageClassification`, and
+    what they were computed from. `predictions` holds the predicted class of each image in
+    order. UserError for a model or dataset that can't be had, or whose classes differ.
+    """
+    name, revision = split_revision(name)
+    model, processor = load(name, revision)
+    size = processor.size["height"]
+    dataset = load_splits(data, size, processor.resample, only=split)[split]
+    labels = dataset.features["label"].names
+    known = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    if known != labels:
+        raise UserError(
+            f'"{name}" tells apart {_some(known)}; the dataset "{data.dataset}" '
+            f"has {_some(labels)}."
+        )
+    started = time.monotonic()
+    logits, truth = predict(model, processor, dataset, batch_size)
+    wall = time.monotonic() - started
+    metric = ImageClassification(keep_in_memory=True)
+    scores = metric.compute(predictions=logits.numpy(), references=truth.numpy())
+    files = model_files(name, revision)
+    return {
+        "model": {
+            "name": name,
+            "revision": revision if is_local(name) else hub_commit("model", name, revision),
+            "sha256": {file: file_hash(path) for file, path in files.items()},
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "image_size": size,
+        },
+        "dataset": {
+            "name": data.dataset,
+            "config": data.dataset_config,
+            "revision": dataset_revision(data),
+            "split": split,
+            "images": len(dataset),
+            "sha256": content_hash(dataset),
+        },
+        "labels": labels,
+        **scores,
+        "predictions": logits.argmax(dim=1).tolist(),
+        "wall_s": round(wall, 1),
+        "hardware": environment.hardware(),
+        "versions": environment.versions(),
+        "code_revision": environment.code_revision(),
+    }
+
+
+def predict(model, processor, dataset, batch_size: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits float32 (N, C) and labels (N,), in the dataset's order, from all processes."""
+    accelerator = Accelerator()
+    loader = DataLoader(Batches(dataset), batch_size, collate_fn=Batches.collate)
+    # Not the model: it is not trained, so each process keeps a copy of its own.
+    model, loader = model.to(accelerator.device).eval(), accelerator.prepare(loader)
+    logits, labels = [], []
+    with torch.inference_mode():
+        for batch in tqdm(loader, desc="Scoring", disable=not accelerator.is_main_process):
+            output = model(preprocess(batch["pixel_values"], processor)).logits.float()
+            output, truth = accelerator.gather_for_metrics((output, batch["labels"]))
+            logits.append(output.cpu())
+            labels.append(truth.cpu())
+    return torch.cat(logits), torch.cat(labels)
+
+
+def write(results: dict, folder: Path) -> None:
+    """`evaluation_results.json` for programs and `evaluation_results.txt` for people."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evaluation_results.json").write_text(json.dumps(results, indent=1))
+    (folder / "evaluation_results.txt").write_text(as_text(results))
+
+
+def as_text(results: dict) -> str:
+    low, high = results["accuracy_interval"]
+    model, dataset = results["model"], results["dataset"]
+    width = max(len(label) for label in results["labels"])
+    lines = [
+        f"Test accuracy  {results['accuracy']:.2%}  (95 % interval {low:.2%} to {high:.2%})"
+        if dataset["split"] == "test"
+        else f"Accuracy on {dataset['split']}  {results['accuracy']:.2%}  "
+        f"(95 % interval {low:.2%} to {high:.2%})",
+        f"Macro-F1       {results['macro_f1']:.4f}",
+        f"NLL            {results['nll']:.4f}",
+        f"ECE            {results['ece']:.4f}",
+        "",
+        f"Model          {model['name']}"
+        + (f" @ {model['revision']}" if model["revision"] else "")
+        + f", {model['image_size']} px, {model['parameters'] / 1e6:.1f} M parameters",
+        f"Weights        sha256 {model['sha256']['model.safetensors']}",
+        f"Dataset        {dataset['name']}, split {dataset['split']}, {dataset['images']:,} images",
+        f"Scored in      {results['wall_s']} s on {results['hardware']}",
+        "",
+        f"{'class':{width}}  precision  recall      f1  images",
+    ]
+    for i, label in enumerate(results["labels"]):
+        lines.append(
+            f"{label:{width}}  {results['precision'][i]:9.4f}  {results['recall'][i]:6.4f}  "
+            f"{results['f1'][i]:6.4f}  {results['support'][i]:6}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """`id@revision` as its two parts."""
+    name, _, revision = name.partition("@")
+    return name, revision or None
+
+
+def model_files(name: str, revision: str | None = None) -> dict[str, Path]:
+    """Where the files that make up a model lie on this machine."""
+    if is_local(name):
+        folder = Path(os.path.expanduser(name))
+        return {file: folder / file for file in FILES}
+    return {file: Path(hf_hub_download(name, file, revision=revision)) for file in FILES}
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def trained_on(name: str) -> DataArguments:
+    """The data that a model was trained on, from the recipe saved with it."""
+    name, revision = split_revision(name)
+    if is_local(name):
+        path = Path(os.path.expanduser(name)) / "recipe.yaml"
+    else:
+        hub_commit("model", name, revision)
+        try:
+            path = Path(hf_hub_download(name, "recipe.yaml", revision=revision))
+        except OSError:
+            path = Path()
+    if not path.is_file():
+        raise UserError(f'"{name}" has no recipe.yaml: say which data to use with DATASET=.')
+    settings = yaml.safe_load(path.read_text())
+    return DataArguments(
+        **{k: settings[k] for k in DataArguments.__dataclass_fields__ if k in settings}
+    )
+
+
+def dataset_revision(data: DataArguments) -> str | None:
+    if data.dataset == "digits" or is_local(data.dataset):
+        return None
+    return hub_commit("dataset", data.dataset, data.dataset_revision)
+
+
+def _some(labels: list[str]) -> str:
+    shown = ", ".join(labels[:3])
+    return f"{len(labels)} classes ({shown}{', …' if len(labels) > 3 else ''})"

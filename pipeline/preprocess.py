@@ -1,0 +1,168 @@
+"""From a batch of uint8 images to what the model sees: resize, augment, normalise, on the device.
+
+Each step takes a batch and gives a batch; `preprocess` puts them together. The resize is
+Pillow's own arithmetic, so that `transformers.pipeline()`, which resizes with Pillow, shows
+the published model the very pixels it was trained on.
+
+- Flip and padded crop: He et al. 2016, "Deep Residual Learning", section 4.2.
+- Mixup: Zhang et al. 2018, arXiv:1710.09412. CutMix: Yun et al. 2019, arXiv:1905.04899.
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from PIL.Image import Resampling
+from torch import Tensor
+
+# Pillow's filters by their number in an image processor: (half width in pixels, function).
+FILTERS = {
+    Resampling.BILINEAR: (1.0, lambda x: (1 - x.abs()).clamp(min=0)),
+    Resampling.BICUBIC: (2.0, lambda x: _cubic(x.abs())),
+    Resampling.LANCZOS: (3.0, lambda x: torch.sinc(x) * torch.sinc(x / 3) * (x.abs() < 3)),
+}
+PRECISION_BITS = 22  # Pillow's fixed-point weights for 8-bit images
+
+
+def preprocess(images: Tensor, processor) -> Tensor:
+    """What `processor` (an image processor) does, for a whole batch on its device.
+
+    uint8 (B, 3, H, W) to float32 (B, 3, S, S).
+    """
+    images = resize(images, processor.size["height"], processor.resample)
+    return normalize(images, processor.rescale_factor, processor.image_mean, processor.image_std)
+
+
+def augment(images: Tensor, flip: bool, crop_padding: float, generator: torch.Generator) -> Tensor:
+    """Random crop after padding, and random flip. uint8 (B, 3, H, W) to the same."""
+    images = random_crop(images, crop_padding, generator) if crop_padding else images
+    return random_flip(images, generator) if flip else images
+
+
+def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror each image left to right with probability 1/2. (B, 3, H, W) to the same."""
+    chosen = torch.rand(len(images), device=images.device, generator=generator) < 0.5
+    return torch.where(chosen[:, None, None, None], images.flip(-1), images)
+
+
+def random_crop(images: Tensor, padding: float, generator: torch.Generator) -> Tensor:
+    """Shift each image by up to `padding` of its side; the border is filled by reflection.
+
+    (B, 3, H, W) to the same. 0.125 is the usual 4 pixels of a 32-pixel image.
+    """
+    batch, _, height, width = images.shape
+    device = images.device
+    rows, columns = (
+        # (B, size): for each image, which source row (column) stands in each target row (column)
+        _reflect(
+            torch.arange(size, device=device)
+            + torch.randint(-reach, reach + 1, (batch, 1), device=device, generator=generator),
+            size,
+        )
+        for size, reach in ((height, round(height * padding)), (width, round(width * padding)))
+    )
+    # Indexing puts the channels last: (B, H, W, 3) back to (B, 3, H, W).
+    index = torch.arange(batch, device=device)[:, None, None]
+    return images[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def resize(images: Tensor, size: int, resample: int) -> Tensor:
+    """Pillow's resize to a square, bit for bit. uint8 (B, 3, H, W) to (B, 3, size, size)."""
+    # Separable: along the width first, rounded to 8 bits in between, as Pillow does.
+    # float64 holds the products of 8-bit pixels and 22-bit weights exactly.
+    dtype = torch.float32 if images.device.type == "mps" else torch.float64
+    height, width = images.shape[-2:]
+    if width != size:
+        weights = resize_weights(width, size, resample).to(images.device, dtype)  # (S, W)
+        images = _round_to_uint8(images.to(dtype) @ weights.T)  # (B, 3, H, S)
+    if height != size:
+        weights = resize_weights(height, size, resample).to(images.device, dtype)  # (S, H)
+        images = _round_to_uint8(weights @ images.to(dtype))  # (B, 3, S, S)
+    return images
+
+
+@lru_cache(maxsize=16)
+def resize_weights(size: int, new_size: int, resample: int) -> Tensor:
+    """The weights of each source pixel in each target pixel: float64 (new_size, size).
+
+    Pillow's `precompute_coeffs`: the filter is widened when shrinking (antialiasing), cut
+    at the border, normalised, and rounded to `PRECISION_BITS`. ValueError for a filter
+    other than bilinear, bicubic or Lanczos.
+    """
+    if resample not in FILTERS:
+        raise ValueError(f"Resampling filter {resample} is not supported; 1, 2 and 3 are")
+    half_width, function = FILTERS[resample]
+    scale = size / new_size
+    stretch = max(scale, 1.0)
+    center = (torch.arange(new_size, dtype=torch.float64)[:, None] + 0.5) * scale  # (S, 1)
+    source = torch.arange(size, dtype=torch.float64)[None, :]  # (1, W)
+    first = (center - half_width * stretch + 0.5).trunc()
+    last = (center + half_width * stretch + 0.5).trunc()
+    weights = function((source - center + 0.5) / stretch)
+    weights = torch.where((source >= first) & (source < last), weights, 0.0)
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    fixed = weights * 2**PRECISION_BITS
+    return (fixed + 0.5 * fixed.sign()).trunc() / 2**PRECISION_BITS
+
+
+def normalize(images: Tensor, factor: float, mean: list[float], std: list[float]) -> Tensor:
+    """uint8 (B, 3, S, S) to float32 (B, 3, S, S): times `factor`, less `mean`, over `std`."""
+    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (mean, std))
+    return (images.float() * factor - mean) / std
+
+
+def mix(
+    images: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    mixup: float,
+    cutmix: float,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Mixup or CutMix of the batch with itself reversed, one of them by chance if both are on.
+
+    Images float (B, 3, S, S) and labels (B,) to the same images' shape and soft labels
+    (B, num_classes). `mixup` and `cutmix` are the Beta distribution's parameter; 0 is off.
+    """
+    device = images.device
+
+    def uniform() -> float:
+        return torch.rand((), device=device, generator=generator).item()
+
+    use_cutmix = cutmix > 0 and (mixup == 0 or uniform() < 0.5)
+    share = _beta(cutmix if use_cutmix else mixup, uniform)  # of the image itself
+    if use_cutmix:
+        size = images.shape[-1]
+        side = round(size * (1 - share) ** 0.5)
+        top, left = (int(uniform() * (size - side + 1)) for _ in range(2))
+        images = images.clone()
+        box = (..., slice(top, top + side), slice(left, left + side))
+        images[box] = images.flip(0)[box]
+        share = 1 - (side / size) ** 2
+    else:
+        images = images.lerp(images.flip(0), 1 - share)
+    soft = F.one_hot(labels, num_classes).to(images.dtype)
+    return images, soft.lerp(soft.flip(0), 1 - share)
+
+
+def _beta(alpha: float, uniform) -> float:
+    """A draw from Beta(alpha, alpha) by Jöhnk's method, from draws of `uniform`."""
+    while True:
+        x, y = uniform() ** (1 / alpha), uniform() ** (1 / alpha)
+        if 0 < x + y <= 1:
+            return x / (x + y)
+
+
+def _cubic(x: Tensor, a: float = -0.5) -> Tensor:
+    near = ((a + 2) * x - (a + 3)) * x**2 + 1
+    far = (((x - 5) * x + 8) * x - 4) * a
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+
+
+def _reflect(index: Tensor, size: int) -> Tensor:
+    index = index.abs()
+    return torch.where(index >= size, 2 * (size - 1) - index, index)
+
+
+def _round_to_uint8(values: Tensor) -> Tensor:
+    return (values + 0.5).floor().clamp(0, 255).to(torch.uint8)
