@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -151,8 +152,8 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def trained_on(name: str) -> DataArguments:
-    """The data that a model was trained on, from the recipe saved with it."""
+def trained_on(name: str) -> DataArguments | None:
+    """The data that a model was trained on, by the recipe beside it; None where there is none."""
     name, revision = split_revision(name)
     if is_local(name):
         path = Path(os.path.expanduser(name)) / "recipe.yaml"
@@ -161,12 +162,12 @@ def trained_on(name: str) -> DataArguments:
         try:
             path = Path(hf_hub_download(name, "recipe.yaml", revision=revision))
         except OSError:
-            path = Path()
+            return None
     if not path.is_file():
-        raise UserError(f'"{name}" has no recipe.yaml: say which data to use with DATASET=.')
+        return None
     settings = yaml.safe_load(path.read_text())
     return DataArguments(
-        **{k: settings[k] for k in DataArguments.__dataclass_fields__ if k in settings}
+        **{f.name: settings[f.name] for f in fields(DataArguments) if f.name in settings}
     )
 
 

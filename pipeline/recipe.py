@@ -24,11 +24,10 @@ DEFAULTS = {
     "load_best_model_at_end": True,
     "metric_for_best_model": "accuracy",
     "logging_steps": 50,
-    "remove_unused_columns": False,
     "report_to": "none",
 }
 # Settings that say where and how fast, not what is learned: a run may go on under others.
-INCIDENTAL = {"num_proc", "logging_steps", "save_total_limit", "disable_tqdm"}
+INCIDENTAL = {"num_proc", "logging_steps", "save_total_limit", "disable_tqdm", "report_to"}
 
 
 @dataclass
@@ -57,7 +56,7 @@ class DataArguments:
 class ModelArguments:
     """Which backbone, and how it is set up."""
 
-    model: str = field(
+    model: str | None = field(
         default="google/vit-base-patch16-224-in21k",
         metadata={"help": "the backbone: a Hub id or a local folder"},
     )
@@ -80,6 +79,8 @@ class ModelArguments:
     def __post_init__(self):
         if isinstance(self.model_config, str):
             self.model_config = json.loads(self.model_config)
+        if self.model_config is not None:
+            self.model = self.model_revision = None
 
 
 @dataclass
@@ -150,6 +151,7 @@ def load_recipe(name: str, overrides: list[str] = (), run: str | None = None) ->
     arguments = [f"--{k}={_as_argument(v)}" for k, v in settings.items() if v is not None]
     run = run or path.stem
     arguments.append(f"--output_dir={MODELS / 'checkpoints' / run}")
+    arguments.append("--remove_unused_columns=false")  # ours are not the model's
     if not torch.accelerator.is_available():
         arguments.append("--use_cpu=true")  # else TrainingArguments refuses bf16
     parser = _Parser((*OWN, TrainingArguments), allow_abbrev=False)
@@ -170,7 +172,10 @@ def _own_keys() -> set[str]:
 
 
 def _check_keys(settings: dict) -> None:
-    known = (_own_keys() | {f.name for f in fields(TrainingArguments)}) - {"output_dir"}
+    known = (_own_keys() | {f.name for f in fields(TrainingArguments)}) - {
+        "output_dir",
+        "remove_unused_columns",
+    }
     for key in settings:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)

@@ -37,14 +37,16 @@ def train(recipe: Recipe, restart: bool = False) -> dict:
     the person can mend, before any training starts.
     """
     main = recipe.training.process_index == 0
-    if restart and main:
-        for folder in (recipe.model_folder, recipe.checkpoint_folder):
-            shutil.rmtree(folder, ignore_errors=True)
+    with recipe.training.main_process_first(desc="clearing"):
+        if restart and main:
+            shutil.rmtree(recipe.model_folder, ignore_errors=True)
+            shutil.rmtree(recipe.checkpoint_folder, ignore_errors=True)
     _check_same_recipe(recipe)
     if (recipe.model_folder / "training.json").exists():
         return json.loads((recipe.model_folder / "training.json").read_text()) | {"new": False}
     if recipe.training.bf16 and not environment.fast_bfloat16():
         recipe.training.bf16, recipe.training.mixed_precision = False, "no"
+        print("This processor is not made for bfloat16: training in float32.")
 
     processor = build_processor(recipe.model)
     with recipe.training.main_process_first(desc="decoding"):

@@ -18,16 +18,24 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder to write to")
     arguments = parser.parse_args()
 
+    from dataclasses import replace
+
     from accelerate import PartialState
 
     from pipeline import evaluation, figures
+    from pipeline.recipe import DataArguments
 
     model = arguments.model or last_run()
-    data = None if arguments.dataset else evaluation.trained_on(model)
+    data = evaluation.trained_on(model)
     if arguments.dataset:
-        from pipeline.recipe import DataArguments
-
-        data = DataArguments(dataset=arguments.dataset)
+        data = replace(
+            data or DataArguments(),
+            dataset=arguments.dataset,
+            dataset_config=None,
+            dataset_revision=None,
+        )
+    if data is None:
+        raise UserError(f'"{model}" has no recipe.yaml: say which data to score with DATASET=.')
     results = evaluation.evaluate(model, data, arguments.split, arguments.batch_size)
     if not PartialState().is_main_process:
         return

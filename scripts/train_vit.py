@@ -21,8 +21,12 @@ def main() -> None:
     )
     arguments, overrides = parser.parse_known_args()
 
+    from transformers.utils.logging import disable_progress_bar
+
     from pipeline.recipe import load_recipe
     from pipeline.training import train
+
+    disable_progress_bar()  # of reading and writing weights; the one of training stays
 
     recipe = load_recipe(arguments.recipe, overrides, arguments.run)
     summary = train(recipe, restart=arguments.restart)
