@@ -8,7 +8,9 @@ ARGS ?=#                     anything else, as in ARGS="--learning_rate=2e-4 --s
 
 BIN := .venv/bin
 SELECT = $(if $(DATASET),--dataset $(DATASET)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
-LAUNCH = $(BIN)/$(if $(filter 1,$(NPROC)),python,accelerate launch --num_processes $(NPROC))
+# --multi_gpu starts NPROC processes on a CPU too; without it, accelerate starts a single one.
+LAUNCH = $(BIN)/$(if $(filter 1,$(NPROC)),python,accelerate launch --multi_gpu \
+	--num_processes $(NPROC) --num_machines 1 --mixed_precision no --dynamo_backend no)
 
 help: ## list the targets and their variables
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18

@@ -71,7 +71,7 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     spread = Z_95 * np.sqrt(share * (1 - share) / total + (Z_95 / (2 * total)) ** 2)
     center = share + Z_95**2 / (2 * total)
     scale = 1 + Z_95**2 / total
-    return float((center - spread) / scale), float((center + spread) / scale)
+    return max(0.0, float((center - spread) / scale)), min(1.0, float((center + spread) / scale))
 
 
 def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:

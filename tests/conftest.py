@@ -1,0 +1,91 @@
+"""Small real things to test with: models built from a config, images drawn here, digits."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# Before any library reads them: caches of the tests' own, no Hub.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).parents[1]
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+SHARED = ROOT.parent / "shared"
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty folder to work in: runs write to `models` and `results` below it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of pretrained backbones and real CIFAR-10 images, where there is one."""
+    if not (SHARED / "models").is_dir():
+        pytest.skip("no pretrained backbones beside this checkout")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def backbones(tmp_path_factory) -> dict[str, str]:
+    """Untrained backbones of 32 px, saved as a Hub repository is: vit and dinov2."""
+    folders = {}
+    for name, model in {
+        "vit": ViTForImageClassification(ViTConfig(**SMALL, intermediate_size=64, image_size=32)),
+        "dinov2": Dinov2ForImageClassification(Dinov2Config(**SMALL, mlp_ratio=2, image_size=32)),
+    }.items():
+        torch.manual_seed(0)
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder)
+        ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+        folders[name] = str(folder)
+    return folders
+
+
+@pytest.fixture
+def tiny_recipe(here) -> str:
+    """A recipe that trains in a second or two."""
+    path = here / "tiny.yaml"
+    path.write_text(
+        "dataset: digits\n"
+        "model_config: {model_type: vit, hidden_size: 32, num_hidden_layers: 2,\n"
+        "  num_attention_heads: 2, intermediate_size: 64, patch_size: 8}\n"
+        "image_size: 32\n"
+        "crop_padding: 0.125\n"
+        "num_train_epochs: 1\n"
+        "per_device_train_batch_size: 64\n"
+        "learning_rate: 1.0e-3\n"
+        "disable_tqdm: true\n"
+    )
+    return str(path)
+
+
+def draw_image(seed: int, size: tuple[int, int] = (12, 10)) -> Image.Image:
+    """Random pixels; `size` is (width, height)."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> Path:
+    """One folder per class: 20 images each of cat and dog, of 12 x 10 pixels, as PNG."""
+    for label, start in (("cat", 0), ("dog", 100)):
+        folder = tmp_path / "pets" / "train" / label
+        folder.mkdir(parents=True)
+        for i in range(20):
+            draw_image(start + i).save(folder / f"{i:02}.png")
+    return tmp_path / "pets"

@@ -1,0 +1,71 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.errors import UserError
+from pipeline.recipe import RECIPES, load_recipe
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in RECIPES.glob("*.yaml")))
+def test_every_recipe_is_understood(name):
+    recipe = load_recipe(name)
+    written = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    for key, value in written.items():
+        assert recipe.settings[key] == value
+    assert recipe.model_folder == Path("models") / name
+    assert recipe.checkpoint_folder == Path("models/checkpoints") / name
+
+
+def test_the_command_line_wins_over_the_file():
+    recipe = load_recipe(
+        "vit-base", ["--learning_rate=2e-4", "--seed", "7", "--no_flip", "--mixup", "0.2"]
+    )
+    assert recipe.training.learning_rate == 2e-4
+    assert recipe.training.seed == 7
+    assert not recipe.augmentation.flip
+    assert recipe.augmentation.mixup == 0.2
+    assert recipe.settings["learning_rate"] == 2e-4
+
+
+def test_a_saved_recipe_gives_the_same_run_again(tmp_path):
+    first = load_recipe("demo", ["--learning_rate=3e-3"])
+    first.save(tmp_path)
+    again = load_recipe(str(tmp_path / "recipe.yaml"), run="demo")
+    assert again.settings == first.settings
+    assert again.model.model_config["hidden_size"] == 96
+
+
+def test_a_number_written_without_a_point_is_a_number(tmp_path):
+    # YAML 1.1 reads 1e-4 as a word.
+    (tmp_path / "r.yaml").write_text("learning_rate: 1e-4\n")
+    assert load_recipe(str(tmp_path / "r.yaml")).training.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--learnig_rate=1"], 'no key "learnig_rate"; did you mean "learning_rate"?'),
+        (["--xyzzy=1"], 'no key "xyzzy"'),
+        (["--learning_rate=fast"], "learning_rate: invalid float value: 'fast'"),
+        (["--validation_size=1.5"], "validation_size is 1.5"),
+        (["--attention=flash"], 'attention is "flash"'),
+        (["--eval_strategy=often"], "eval_strategy"),
+        (["stray"], 'Cannot read "stray"'),
+    ],
+)
+def test_a_wrong_setting_is_named(overrides, message):
+    with pytest.raises(UserError) as error:
+        load_recipe("demo", overrides)
+    assert message in str(error.value)
+
+
+def test_an_unknown_recipe_names_the_known_ones():
+    with pytest.raises(UserError, match=r'no recipe "resnet".*cpu, demo, dinov2-small, vit-base'):
+        load_recipe("resnet")
+
+
+def test_an_unknown_key_in_the_file_is_named(tmp_path):
+    (tmp_path / "r.yaml").write_text("imagesize: 98\n")
+    with pytest.raises(UserError, match='"imagesize"; did you mean "image_size"'):
+        load_recipe(str(tmp_path / "r.yaml"))
