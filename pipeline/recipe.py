@@ -5,6 +5,7 @@ The keys are the fields of the dataclasses here and of transformers' `TrainingAr
 
 import difflib
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -127,6 +128,7 @@ class Recipe:
 
 class _Parser(HfArgumentParser):
     def error(self, message):
+        message = re.sub(r"argument --(\w+)[^:]*:", r"\1:", message)
         raise UserError(f"Recipe: {message}.")
 
 
@@ -210,7 +212,10 @@ def _split_override(argument: str) -> tuple[str, str]:
     if not argument.startswith("--"):
         raise UserError(f'Cannot read "{argument}"; settings are given as --key=value.')
     key, _, value = argument[2:].partition("=")
-    return key.replace("-", "_"), value or "true"
+    key = key.replace("-", "_")
+    if key.startswith("no_") and not value:  # as argparse has it for what is on by default
+        return key.removeprefix("no_"), "false"
+    return key, value or "true"
 
 
 def _plain(value):

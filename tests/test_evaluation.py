@@ -1,0 +1,102 @@
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from pipeline import evaluation
+from pipeline.data import load_splits
+from pipeline.errors import UserError
+from pipeline.recipe import DataArguments, load_recipe
+from pipeline.training import train
+
+DIGITS = DataArguments(dataset="digits")
+
+
+@pytest.fixture
+def model(tiny_recipe) -> str:
+    train(load_recipe(tiny_recipe, ["--num_train_epochs=4"], "run"))
+    return "models/run"
+
+
+def test_results_are_what_pipeline_gives_image_by_image(model):
+    from transformers import pipeline
+
+    results = evaluation.evaluate(model, DIGITS)
+    test = load_splits(DIGITS, 32, 2, only="test")["test"]
+    images = [
+        Image.fromarray(torch.tensor(row["image"], dtype=torch.uint8).permute(1, 2, 0).numpy())
+        for row in test
+    ]
+    answers = pipeline("image-classification", model, batch_size=60)(images, top_k=1)
+    predicted = [int(answer[0]["label"]) for answer in answers]
+    assert results["predictions"] == predicted
+    right = sum(p == t for p, t in zip(predicted, test["label"], strict=True))
+    assert results["accuracy"] == right / 360
+    low, high = results["accuracy_interval"]
+    assert low < results["accuracy"] < high
+
+
+def test_results_carry_what_they_were_computed_from(model):
+    results = evaluation.evaluate(model, DIGITS)
+    for name, expected in results["model"]["sha256"].items():
+        assert hashlib.sha256((Path(model) / name).read_bytes()).hexdigest() == expected
+    assert set(results["model"]["sha256"]) == {
+        "model.safetensors",
+        "config.json",
+        "preprocessor_config.json",
+    }
+    assert results["dataset"]["images"] == 360
+    assert len(results["dataset"]["sha256"]) == 64
+    assert results["versions"]["torch"] == torch.__version__
+    assert json.loads(json.dumps(results)) == results
+
+
+def test_another_split_and_batch_size_give_their_own_numbers(model):
+    validation = evaluation.evaluate(model, DIGITS, split="validation", batch_size=7)
+    assert validation["dataset"]["images"] == 72
+    assert "Accuracy on validation" in evaluation.as_text(validation)
+    whole = evaluation.evaluate(model, DIGITS, batch_size=360)
+    assert evaluation.evaluate(model, DIGITS, batch_size=7)["accuracy"] == whole["accuracy"]
+
+
+def test_a_dataset_of_other_classes_is_refused(model, image_folder):
+    with pytest.raises(UserError, match=r"10 classes \(0, 1, 2, …\).*2 classes \(cat, dog\)"):
+        evaluation.evaluate(model, DataArguments(dataset=str(image_folder)))
+
+
+def test_the_script_scores_the_last_run_and_writes_everything(model, here):
+    result = subprocess.run(
+        [sys.executable, ROOT / "scripts/evaluate_vit.py"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert {p.name for p in (here / "results").iterdir()} == {
+        "evaluation_results.txt",
+        "evaluation_results.json",
+        "training_curves.png",
+        "confusion_matrix.png",
+    }
+    results = json.loads((here / "results/evaluation_results.json").read_text())
+    text = (here / "results/evaluation_results.txt").read_text()
+    assert f"{results['accuracy']:.2%}" in text
+    assert text in result.stdout
+    assert results["training"]["steps"] == 88
+    for figure in ("training_curves.png", "confusion_matrix.png"):
+        with Image.open(here / "results" / figure) as image:
+            assert image.width > 500
+            assert len(image.convert("L").getcolors(256)) > 20  # something is drawn
+
+
+def test_nothing_to_score_is_one_line(here):
+    result = subprocess.run(
+        [sys.executable, ROOT / "scripts/evaluate_vit.py"], capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines() == [
+        "Error: There is no trained model in models/: train one, or name one with MODEL=."
+    ]
