@@ -35,15 +35,22 @@ def load_splits(
     can't be loaded, has no image or label column, or holds images or labels that can't be used.
     """
     raw = load_raw(data)
-    needed = [s for s in raw if only is None or s == ("test" if only == "test" else "train")]
-    decoded = {s: decode(raw[s], s, image_size, resample, data.num_proc) for s in needed}
-    if "train" in decoded:
-        decoded |= _carve(decoded["train"], "validation", data.validation_size)
-    return DatasetDict({s: d for s, d in decoded.items() if only in (None, s)})
+    source = "test" if only == "test" and "test" in raw else None
+    splits = {
+        s: decode(raw[s], s, image_size, resample, data.num_proc)
+        for s in raw
+        if source in (None, s)
+    }
+    # Carved after decoding, so that the cache serves every split, and rows keep their numbers.
+    if "test" not in splits:
+        splits |= _carve(splits["train"], "test", TEST_SIZE)
+    if "train" in splits:
+        splits |= _carve(splits["train"], "validation", data.validation_size)
+    return DatasetDict({s: d for s, d in splits.items() if only in (None, s)})
 
 
 def load_raw(data: DataArguments) -> DatasetDict:
-    """The splits train and test as published, with columns `image` and `label`, checked."""
+    """Train, and test if there is one, as published: columns `image` and `label`, checked."""
     raw = DatasetDict({"train": digits()}) if data.dataset == "digits" else _load(data)
     if data.train_split not in raw:
         raise UserError(
@@ -61,8 +68,6 @@ def load_raw(data: DataArguments) -> DatasetDict:
     splits = {s: _two_columns(d, data) for s, d in splits.items()}
     for split, dataset in splits.items():
         _check_labels(dataset, split)
-    if "test" not in splits:
-        splits |= _carve(splits["train"], "test", TEST_SIZE)
     return DatasetDict(splits)
 
 

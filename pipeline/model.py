@@ -107,12 +107,13 @@ def load(name: str, revision: str | None = None) -> tuple[PreTrainedModel, ViTIm
 
 
 def layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The transformer's layers, first to last; UserError for a model without one such list."""
+    """The transformer's layers, first to last, all of one shape; UserError for another model."""
     count = getattr(model.config, "num_hidden_layers", None)
     found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if len(found) != 1:
+    shapes = {tuple(p.shape for p in layer.parameters()) for stack in found for layer in stack}
+    if len(found) != 1 or len(shapes) != 1:
         raise UserError(
-            f"drop_path and layer_decay need a model that is one list of layers; "
+            f"drop_path and layer_decay need a model that is one list of like layers; "
             f"{type(model).__name__} is not."
         )
     return found[0]
