@@ -19,6 +19,7 @@ help: ## list the targets and their variables
 setup: .venv/.runs ## make .venv from requirements.txt
 
 .venv/.runs: requirements.txt
+	@echo "Setting up .venv, a minute or two"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@

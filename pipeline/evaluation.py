@@ -35,8 +35,10 @@ def evaluate(name: str, data: DataArguments, split: str = "test", batch_size: in
 
     Returns the results as plain values for JSON: the metrics of `ImageClassification`, and
     what they were computed from. `predictions` holds the predicted class of each image in
-    order. UserError for a model or dataset that can't be had, or whose classes differ.
+    order, and `recipe` the settings the model was trained by, its seed among them, where they
+    are known. UserError for a model or dataset that can't be had, or whose classes differ.
     """
+    recipe = recipe_of(name)
     name, revision = split_revision(name)
     model, processor = load(name, revision)
     size = processor.size["height"]
@@ -73,6 +75,7 @@ def evaluate(name: str, data: DataArguments, split: str = "test", batch_size: in
         "labels": labels,
         **scores,
         "predictions": logits.argmax(dim=1).tolist(),
+        "recipe": recipe,
         "wall_s": round(wall, 1),
         "hardware": environment.hardware(),
         "versions": environment.versions(),
@@ -152,8 +155,8 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def trained_on(name: str) -> DataArguments | None:
-    """The data that a model was trained on, by the recipe beside it; None where there is none."""
+def recipe_of(name: str) -> dict | None:
+    """The settings that a model was trained by, from the recipe.yaml beside it, if any."""
     name, revision = split_revision(name)
     if is_local(name):
         path = Path(os.path.expanduser(name)) / "recipe.yaml"
@@ -163,12 +166,16 @@ def trained_on(name: str) -> DataArguments | None:
             path = Path(hf_hub_download(name, "recipe.yaml", revision=revision))
         except OSError:
             return None
-    if not path.is_file():
+    return yaml.safe_load(path.read_text()) if path.is_file() else None
+
+
+def trained_on(name: str) -> DataArguments | None:
+    """The data that a model was trained on, by its recipe; None where it has none."""
+    settings = recipe_of(name)
+    if settings is None:
         return None
-    settings = yaml.safe_load(path.read_text())
-    return DataArguments(
-        **{f.name: settings[f.name] for f in fields(DataArguments) if f.name in settings}
-    )
+    names = [field.name for field in fields(DataArguments)]
+    return DataArguments(**{key: settings[key] for key in names if key in settings})
 
 
 def dataset_revision(data: DataArguments) -> str | None:

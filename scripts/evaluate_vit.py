@@ -17,7 +17,9 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder to write to")
     arguments = parser.parse_args()
+    model = arguments.model or last_run()
 
+    # After the arguments: these take seconds.
     from dataclasses import replace
 
     from accelerate import PartialState
@@ -25,7 +27,6 @@ def main() -> None:
     from pipeline import evaluation, figures
     from pipeline.recipe import DataArguments
 
-    model = arguments.model or last_run()
     data = evaluation.trained_on(model)
     if arguments.dataset:
         data = replace(

@@ -21,13 +21,13 @@ def main() -> None:
     )
     arguments, overrides = parser.parse_known_args()
 
+    # After the arguments: these take seconds.
     from transformers.utils.logging import disable_progress_bar
 
     from pipeline.recipe import load_recipe
     from pipeline.training import train
 
     disable_progress_bar()  # of reading and writing weights; the one of training stays
-
     recipe = load_recipe(arguments.recipe, overrides, arguments.run)
     summary = train(recipe, restart=arguments.restart)
     if recipe.training.process_index == 0:
@@ -53,3 +53,5 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nStopped. The same command goes on from the last checkpoint.")

@@ -33,7 +33,7 @@ def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
 def test_a_run_learns_and_leaves_a_model_that_pipeline_loads(tiny_recipe):
     from transformers import pipeline
 
-    summary = train(load_recipe(tiny_recipe, ["--num_train_epochs=4"], "run"))
+    summary = train(load_recipe(tiny_recipe, ["--num_train_epochs=4", "--logging_steps=10"], "run"))
     losses = [entry["loss"] for entry in summary["log"] if "loss" in entry]
     assert losses[-1] < losses[0]
     folder = Path("models/run")
@@ -190,7 +190,7 @@ def test_accumulated_batches_train_like_one_large_batch(tiny_recipe, here):
 
 
 def test_two_processes_give_the_validation_loss_of_one(tiny_recipe, here):
-    same = ["--crop_padding=0", "--num_train_epochs=3"]
+    same = ["--crop_padding=0", "--num_train_epochs=6", "--learning_rate=5e-3"]
     one = train(load_recipe(tiny_recipe, same, "one"))
     launch = ["launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     result = subprocess.run(
@@ -219,6 +219,7 @@ def test_two_processes_give_the_validation_loss_of_one(tiny_recipe, here):
         [entry["eval_nll"] for entry in summary["log"] if "eval_nll" in entry]
         for summary in (one, two)
     ]
+    assert losses[0][-1] < 0.8 * losses[0][0]  # it did learn
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
 
 
