@@ -111,10 +111,7 @@ def as_text(results: dict) -> str:
     model, dataset = results["model"], results["dataset"]
     width = max(len(label) for label in results["labels"])
     lines = [
-        f"Test accuracy  {results['accuracy']:.2%}  (95 % interval {low:.2%} to {high:.2%})"
-        if dataset["split"] == "test"
-        else f"Accuracy on {dataset['split']}  {results['accuracy']:.2%}  "
-        f"(95 % interval {low:.2%} to {high:.2%})",
+        f"Accuracy       {results['accuracy']:.2%}  (95 % interval {low:.2%} to {high:.2%})",
         f"Macro-F1       {results['macro_f1']:.4f}",
         f"NLL            {results['nll']:.4f}",
         f"ECE            {results['ece']:.4f}",

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -13,15 +14,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", help="a folder, or a Hub id as name@rev (default: the last run)")
     parser.add_argument("--dataset", help="default: the one it was trained on")
-    parser.add_argument("--split", default="test", choices=["test", "validation"])
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder to write to")
     arguments = parser.parse_args()
     model = arguments.model or last_run()
 
     # After the arguments: these take seconds.
-    from dataclasses import replace
-
     from accelerate import PartialState
 
     from pipeline import evaluation, figures
@@ -37,10 +35,10 @@ def main() -> None:
         )
     if data is None:
         raise UserError(f'"{model}" has no recipe.yaml: say which data to score with DATASET=.')
-    results = evaluation.evaluate(model, data, arguments.split, arguments.batch_size)
+    results = evaluation.evaluate(model, data, batch_size=arguments.batch_size)
     if not PartialState().is_main_process:
         return
-    training = Path(model) / "training.json"
+    training = Path(model).expanduser() / "training.json"
     if training.exists():
         results["training"] = json.loads(training.read_text())
         figures.training_curves(

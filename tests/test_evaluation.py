@@ -60,7 +60,7 @@ def test_results_carry_what_they_were_computed_from(model):
 def test_another_split_and_batch_size_give_their_own_numbers(model):
     validation = evaluation.evaluate(model, DIGITS, split="validation", batch_size=7)
     assert validation["dataset"]["images"] == 72
-    assert "Accuracy on validation" in evaluation.as_text(validation)
+    assert "split validation, 72 images" in evaluation.as_text(validation)
     whole = evaluation.evaluate(model, DIGITS, batch_size=360)
     assert evaluation.evaluate(model, DIGITS, batch_size=7)["accuracy"] == whole["accuracy"]
 
