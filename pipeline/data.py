@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import shutil
+from contextlib import suppress
 from functools import partial
 
 import datasets
@@ -77,15 +78,10 @@ def decode(
     """Decode each image once to uint8 (3, H, W), in the cache; see `load_splits`."""
     dataset = dataset.cast_column("image", datasets.Image(decode=False))
     width, height = open_image(dataset[0]["image"], split, 0).size
-    shapes = [(image_size, image_size)]
     if max(width, height) <= image_size:
-        shapes.insert(0, (height, width))
-    for shape in shapes:
-        try:
-            return _decode_to(shape, dataset, split, resample, num_proc, exact=len(shapes) > 1)
-        except _MixedSizes:
-            shapes.pop(0)
-            return _decode_to(shapes[0], dataset, split, resample, num_proc, exact=False)
+        with suppress(_MixedSizes):
+            return _decode_to((height, width), dataset, split, resample, num_proc, exact=True)
+    return _decode_to((image_size, image_size), dataset, split, resample, num_proc, exact=False)
 
 
 def open_image(cell: dict | None, split: str, row: int) -> Image.Image:
@@ -237,6 +233,7 @@ def _decode_to(
     num_proc: int | None,
     exact: bool,
 ) -> Dataset:
+    """Images of another shape raise _MixedSizes if `exact`, else they are resized."""
     features = Features(
         {"image": Array3D((3, *shape), "uint8"), "label": dataset.features["label"]}
     )

@@ -145,6 +145,8 @@ def load_recipe(name: str, overrides: list[str] = (), run: str | None = None) ->
         settings = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} is no recipe: it should hold lines of the form key: value.")
     _check_keys(settings)
     given = dict(_split_override(argument) for argument in _join_values(overrides))
     _check_keys(given)
