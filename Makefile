@@ -2,7 +2,7 @@
 PYTHON ?= python3#           the Python (3.11) that the environment is made from
 RECIPE ?= vit-base#          a name in pipeline/recipes, or a YAML file
 DATASET ?=#                  a Hub id, a local folder, or digits (default: the recipe's)
-MODEL ?=#                    a Hub id or a local folder (default: the recipe's; evaluate: the last run)
+MODEL ?=#                    a Hub id or a local folder (default: the recipe's; once trained: the last run)
 NPROC ?= 1#                  processes, started by accelerate
 ARGS ?=#                     anything else, as in ARGS="--learning_rate=2e-4 --seed=1"
 
@@ -34,9 +34,13 @@ train: setup ## fine-tune by RECIPE; run again, it resumes
 evaluate: setup ## score MODEL on the test split
 	$(LAUNCH) scripts/evaluate_vit.py $(SELECT)
 
+visualize: setup ## draw where MODEL looks, and measure how faithful that is
+	$(BIN)/python scripts/visualize_attention.py $(SELECT)
+
 demo: setup ## the whole way on scikit-learn's digits, in minutes, on any machine
 	$(BIN)/python scripts/train_vit.py --recipe demo $(ARGS)
-	$(BIN)/python scripts/evaluate_vit.py --model models/demo --output results/demo
+	$(BIN)/python scripts/evaluate_vit.py --model models/demo --results results/demo
+	$(BIN)/python scripts/visualize_attention.py --model models/demo --results results/demo
 
 test: .venv/.tests ## run the tests
 	$(BIN)/python -m pytest -q
@@ -48,4 +52,4 @@ lint: .venv/.tests ## check the code's form
 clean: ## remove .venv, models and results
 	rm -rf .venv models results .pytest_cache .ruff_cache
 
-.PHONY: help setup train evaluate demo test lint clean
+.PHONY: help setup train evaluate visualize demo test lint clean

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ def evaluate(name: str, data: DataArguments, split: str = "test", batch_size: in
     """Score a model, a folder or `id@revision` on the Hub, on one split, in float32.
 
     Returns the results as plain values for JSON: the metrics of `ImageClassification`, and
-    what they were computed from. `predictions` holds the predicted class of each image in
+    what they were computed from. `predictions` and `confidences` hold each image's, in
     order, and `recipe` the settings the model was trained by, its seed among them, where they
     are known. UserError for a model or dataset that can't be had, or whose classes differ.
     """
@@ -55,12 +55,11 @@ def evaluate(name: str, data: DataArguments, split: str = "test", batch_size: in
     wall = time.monotonic() - started
     metric = ImageClassification(keep_in_memory=True)
     scores = metric.compute(predictions=logits.numpy(), references=truth.numpy())
-    files = model_files(name, revision)
     return {
         "model": {
             "name": name,
             "revision": revision if is_local(name) else hub_commit("model", name, revision),
-            "sha256": {file: file_hash(path) for file, path in files.items()},
+            "sha256": hashes(name, revision),
             "parameters": sum(p.numel() for p in model.parameters()),
             "image_size": size,
         },
@@ -75,6 +74,7 @@ def evaluate(name: str, data: DataArguments, split: str = "test", batch_size: in
         "labels": labels,
         **scores,
         "predictions": logits.argmax(dim=1).tolist(),
+        "confidences": [round(p, 4) for p in logits.softmax(dim=1).amax(dim=1).tolist()],
         "recipe": recipe,
         "wall_s": round(wall, 1),
         "hardware": environment.hardware(),
@@ -139,17 +139,16 @@ def split_revision(name: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
-def model_files(name: str, revision: str | None = None) -> dict[str, Path]:
-    """Where the files that make up a model lie on this machine."""
-    if is_local(name):
-        folder = Path(os.path.expanduser(name))
-        return {file: folder / file for file in FILES}
-    return {file: Path(hf_hub_download(name, file, revision=revision)) for file in FILES}
-
-
-def file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def hashes(name: str, revision: str | None = None) -> dict[str, str]:
+    """SHA-256 of each file that makes up a model."""
+    local = is_local(name)
+    folder = Path(os.path.expanduser(name))
+    digests = {}
+    for file in FILES:
+        path = folder / file if local else hf_hub_download(name, file, revision=revision)
+        with open(path, "rb") as opened:
+            digests[file] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return digests
 
 
 def recipe_of(name: str) -> dict | None:
@@ -166,13 +165,27 @@ def recipe_of(name: str) -> dict | None:
     return yaml.safe_load(path.read_text()) if path.is_file() else None
 
 
-def trained_on(name: str) -> DataArguments | None:
-    """The data that a model was trained on, by its recipe; None where it has none."""
+def data_of(name: str, dataset: str | None = None) -> DataArguments:
+    """The data that a model was trained on, by its recipe, or `dataset` in its place.
+
+    UserError where neither is known.
+    """
     settings = recipe_of(name)
-    if settings is None:
-        return None
+    if settings is None and dataset is None:
+        raise UserError(f'"{name}" has no recipe.yaml: say which data to use with DATASET=.')
     names = [field.name for field in fields(DataArguments)]
-    return DataArguments(**{key: settings[key] for key in names if key in settings})
+    data = DataArguments(**{key: settings[key] for key in names if key in (settings or {})})
+    if dataset is None:
+        return data
+    return replace(data, dataset=dataset, dataset_config=None, dataset_revision=None)
+
+
+def last_run() -> str:
+    """The folder of the model that was trained last; UserError where there is none."""
+    runs = sorted(Path("models").glob("*/training.json"), key=lambda p: p.stat().st_mtime)
+    if not runs:
+        raise UserError("There is no trained model in models/: train one, or name one with MODEL=.")
+    return str(runs[-1].parent)
 
 
 def dataset_revision(data: DataArguments) -> str | None:

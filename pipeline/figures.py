@@ -7,8 +7,13 @@ import matplotlib
 matplotlib.use("Agg")  # no window
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap
+from PIL.Image import Image
 
-BLUE, ORANGE = "#0072b2", "#d55e00"  # told apart by colour-blind readers (Okabe and Ito)
+# Told apart by colour-blind readers (Okabe and Ito).
+BLUE, ORANGE = "#0072b2", "#d55e00"
+OKABE_ITO = (BLUE, ORANGE, "#009e73", "#cc79a7", "#e69f00")
 plt.rcParams |= {
     "figure.dpi": 150,
     "figure.constrained_layout.use": True,
@@ -68,6 +73,65 @@ def confusion_matrix(matrix: list[list[int]], labels: list[str], path: Path) -> 
     axes.set(xlabel="predicted", ylabel="true", title="Images by true and predicted class")
     axes.spines[:].set_visible(False)
     _save(figure, path)
+
+
+def attention_panels(
+    panels: list[tuple[str, Image]], title: str, path: Path, colors: Colormap
+) -> None:
+    """Overlays side by side, at most six in a row, with what the colours mean."""
+    columns = min(len(panels), 6)
+    rows = -(-len(panels) // columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(1.9 * columns + 0.9, 2.1 * rows + 0.5), squeeze=False
+    )
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, (caption, image) in zip(grid.flat, panels, strict=False):
+        axes.imshow(image)
+        axes.set_title(caption, fontsize="small")
+    figure.suptitle(title.replace("\n", ", "), fontsize="medium")
+    _color_bar(figure, grid, colors)
+    _save(figure, path)
+
+
+def attention_sheet(rows: list[list[tuple[str, Image]]], path: Path, colors: Colormap) -> None:
+    """One row of overlays an image; its first caption is the answer."""
+    columns = len(rows[0])
+    figure, grid = plt.subplots(
+        len(rows), columns, figsize=(1.8 * columns + 0.9, 2.15 * len(rows)), squeeze=False
+    )
+    for line, row in zip(grid, rows, strict=True):
+        for axes, (caption, image) in zip(line, row, strict=True):
+            axes.imshow(image)
+            axes.axis("off")
+            axes.set_title(caption, fontsize="x-small")
+    _color_bar(figure, grid, colors)
+    _save(figure, path)
+
+
+def faithfulness_curves(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """Mean deletion and insertion curves of each method, random order dashed."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    better = {"deletion": "lower is better", "insertion": "higher is better"}
+    for axis, (kind, hint) in zip(axes, better.items(), strict=True):
+        for (method, kinds), color in zip(curves.items(), OKABE_ITO, strict=False):
+            share = np.linspace(0, 100, len(kinds[kind]))
+            plain = method == "random"
+            axis.plot(
+                share, kinds[kind], "--" if plain else "-", label=method,
+                color="black" if plain else color,
+            )  # fmt: skip
+        verb = "greyed out" if kind == "deletion" else "shown"
+        axis.set(title=f"{kind.capitalize()}, {hint}", xlabel=f"patches {verb}, %", ylim=(0, 1))
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("probability of the predicted class")
+    axes[1].legend(frameon=False)
+    _save(figure, path)
+
+
+def _color_bar(figure, axes, colors: Colormap) -> None:
+    bar = figure.colorbar(ScalarMappable(cmap=colors), ax=axes, shrink=0.8, aspect=30, alpha=0.8)
+    bar.set_ticks([0, 1], labels=["least\nattention", "most\nattention"], fontsize="x-small")
 
 
 def _save(figure, path: Path) -> None:
