@@ -79,7 +79,7 @@ def explain(
         # The pixels ask for gradients, so that there are some in a frozen model too.
         pixels = pixels.detach().requires_grad_(relevance)
         output = model(pixels, output_attentions=True)
-        attentions = output.attentions  # L of (B, H, T, T)
+        attentions = getattr(output, "attentions", None) or ()  # L of (B, H, T, T)
         grid = _grid(model, pixels, attentions)
         if classes is None:
             classes = output.logits.argmax(dim=1)
