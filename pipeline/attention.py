@@ -120,20 +120,26 @@ def relevances(attentions: list[Tensor], gradients: tuple[Tensor, ...]) -> Tenso
     return total
 
 
-def overlay(image: Image.Image, values: np.ndarray, size: int = 224, strength: float = 0.6):
-    """A map (h, w) laid over the image, darker where it is higher: an RGB image.
+def overlay(image: Image.Image, values: np.ndarray, size: int = 224) -> Image.Image:
+    """A map (h, w) laid over the image in grey, darker where it is higher: an RGB image.
 
     The map is resized smoothly; an image smaller than `size` is enlarged to it.
     """
-    image = image.convert("RGB")
-    scale = max(1.0, size / min(image.size))
-    image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
-    smooth = Image.fromarray(np.asarray(normalized(values), dtype=np.float32)).resize(
+    image = enlarged(image, size).convert("L")
+    smooth = Image.fromarray(normalized(values).astype(np.float32)).resize(
         image.size, Image.Resampling.BICUBIC
     )
     colors = COLORS(np.clip(np.asarray(smooth), 0, 1))[..., :3]  # (H, W, 3), 0 to 1
-    mixed = (1 - strength) * np.asarray(image) / 255 + strength * colors
-    return Image.fromarray((255 * mixed).round().astype(np.uint8))
+    # Multiplied, and the image lightened, so that the map is what makes it dark.
+    light = 0.5 + 0.5 * np.asarray(image)[..., None] / 255
+    return Image.fromarray((255 * colors * light).round().astype(np.uint8))
+
+
+def enlarged(image: Image.Image, size: int = 224) -> Image.Image:
+    """In RGB, and its shorter side at least `size` pixels."""
+    scale = max(1.0, size / min(image.size))
+    sides = [round(side * scale) for side in image.size]
+    return image.convert("RGB").resize(sides, Image.Resampling.BICUBIC)
 
 
 def normalized(values: np.ndarray) -> np.ndarray:

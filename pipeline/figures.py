@@ -98,7 +98,7 @@ def attention_sheet(rows: list[list[tuple[str, Image]]], path: Path, colors: Col
     """One row of overlays an image; its first caption is the answer."""
     columns = len(rows[0])
     figure, grid = plt.subplots(
-        len(rows), columns, figsize=(1.8 * columns + 0.9, 2.15 * len(rows)), squeeze=False
+        len(rows), columns, figsize=(1.8 * columns + 0.9, 2.1 * len(rows)), squeeze=False
     )
     for line, row in zip(grid, rows, strict=True):
         for axes, (caption, image) in zip(line, row, strict=True):
@@ -130,8 +130,10 @@ def faithfulness_curves(curves: dict[str, dict[str, list[float]]], path: Path) -
 
 
 def _color_bar(figure, axes, colors: Colormap) -> None:
-    bar = figure.colorbar(ScalarMappable(cmap=colors), ax=axes, shrink=0.8, aspect=30, alpha=0.8)
+    shrink = min(0.8, 3 / figure.get_figheight())  # at most 3 inches high
+    bar = figure.colorbar(ScalarMappable(cmap=colors), ax=axes, shrink=shrink, anchor=(0, 1))
     bar.set_ticks([0, 1], labels=["least\nattention", "most\nattention"], fontsize="x-small")
+    bar.outline.set_visible(False)
 
 
 def _save(figure, path: Path) -> None:

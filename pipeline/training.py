@@ -73,12 +73,12 @@ class ImageTrainer(Trainer):
 
     def __init__(self, recipe: Recipe, model: PreTrainedModel, processor, train, validation):
         self.recipe = recipe
-        self.processor = processor
         self.generator = torch.Generator(recipe.training.device)
         metric = ImageClassification(keep_in_memory=True)
         super().__init__(
             model=model,
             args=recipe.training,
+            processing_class=processor,  # so that a checkpoint is a whole model
             data_collator=Batches.collate,
             train_dataset=Batches(train),
             eval_dataset=Batches(validation),
@@ -104,13 +104,13 @@ class ImageTrainer(Trainer):
         inputs = super()._prepare_inputs(inputs)
         images, labels = inputs["pixel_values"], inputs["labels"]
         if not self.model.training:
-            return {"pixel_values": preprocess(images, self.processor), "labels": labels}
+            return {"pixel_values": preprocess(images, self.processing_class), "labels": labels}
         how = self.recipe.augmentation
         # Drawn from the CPU's state, which checkpoints hold, and apart for each process.
         seed = int(torch.randint(2**62, ()).item()) + self.args.process_index
         generator = self.generator.manual_seed(seed)
         images = augment(images, how.flip, how.crop_padding, generator)
-        images = preprocess(images, self.processor)
+        images = preprocess(images, self.processing_class)
         if how.mixup or how.cutmix:
             classes = self.model.config.num_labels
             images, labels = mix(images, labels, classes, how.mixup, how.cutmix, generator)

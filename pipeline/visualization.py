@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.preprocess import preprocess
 
 BATCH = 16  # bounds the memory: a ViT-B's attentions take 22 MB an image at 224 px
+SHEET = 24  # images on the overview sheet at most
 
 
 @dataclass
@@ -23,8 +24,17 @@ class Picture:
     """One image to explain; `truth` is its true label, where it is known."""
 
     name: str
-    image: Image.Image
+    source: Image.Image | Path
     truth: str | None = None
+
+    def read(self) -> Image.Image:
+        """Upright and in RGB; UserError for a file that can't be read."""
+        if isinstance(self.source, Image.Image):
+            return self.source
+        try:
+            return ImageOps.exif_transpose(Image.open(self.source)).convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f"Cannot read the image {self.source}: {error}") from None
 
 
 def typical_rows(labels: list[int], predictions: list[int], confidences: list[float]) -> list[int]:
@@ -55,14 +65,10 @@ def from_rows(dataset: Dataset, rows: list[int]) -> list[Picture]:
 
 
 def from_files(paths: list[Path]) -> list[Picture]:
-    """Images from files, upright and in RGB; UserError names one that can't be read."""
-    pictures = []
-    for path in paths:
-        try:
-            image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"Cannot read the image {path}: {error}") from None
-        pictures.append(Picture(_file_name(path.stem), image))
+    """Images from files; UserError names one that can't be read, before any is drawn."""
+    pictures = [Picture(_file_name(path.stem), path) for path in paths]
+    for picture in pictures:
+        picture.read()  # to know, not to keep: memory does not grow with their number
     return pictures
 
 
@@ -75,7 +81,7 @@ def draw(
     head: int,
     target: str | None,
 ) -> list[Path]:
-    """Draw each picture's maps into `folder`, and one overview sheet; returns the files.
+    """Draw each picture's maps into `folder`, and one overview sheet of the first; returns the files.
 
     `layer` and `head` are those of the single maps, `target` the class of the relevance (by
     name or number; default: the predicted one). UserError for one that is not there.
@@ -86,16 +92,17 @@ def draw(
     wanted = None if target is None else _class_number(target, labels)
     sheet, files = [], []
     for batch in _batches(pictures):
+        images = [picture.read() for picture in batch]
         try:
-            maps = attention.explain(model, _pixels(batch, processor), wanted)
+            maps = attention.explain(model, _pixels(images, processor).to(model.device), wanted)
             maps.select("head", layer, head)  # refuses a wrong layer or head
         except ValueError as error:
             raise UserError(str(error)) from None
         chances = maps.logits.softmax(dim=1)
-        for i, picture in enumerate(batch):
+        for i, (picture, image) in enumerate(zip(batch, images, strict=True)):
 
-            def laid(values, picture=picture):
-                return attention.overlay(picture.image, values.cpu().numpy())
+            def laid(values, image=image):
+                return attention.overlay(image, values.cpu().numpy())
 
             guess = int(chances[i].argmax())
             title = f"{labels[guess]}, {chances[i, guess]:.1%}"
@@ -109,7 +116,7 @@ def draw(
             layers = maps.heads[i].mean(dim=1)  # (L, h, w)
             heads = maps.heads[i, layer]  # (H, h, w)
             number = range(len(layers))[layer]
-            plain = attention.overlay(picture.image, np.zeros((1, 1)), strength=0)
+            plain = attention.enlarged(image)
             for kind, panels in {
                 "overlay": [("", plain), (f"layer {number}", single)],
                 "layers": [(f"layer {n}", laid(m)) for n, m in enumerate(layers)],
@@ -120,15 +127,16 @@ def draw(
                 path = folder / f"{picture.name}_{kind}.png"
                 figures.attention_panels(panels, title, path, attention.COLORS)
                 files.append(path)
-            sheet.append(
-                [
-                    (title, plain),
-                    (f"layer {number}", single),
-                    (f"its head {head}", head_map),
-                    ("rollout", across),
-                    (f"relevance for {about}", relevant),
-                ]
-            )
+            if len(sheet) < SHEET:
+                sheet.append(
+                    [
+                        (title, plain),
+                        (f"layer {number}", single),
+                        (f"its head {head}", head_map),
+                        ("rollout", across),
+                        (f"relevance for {about}", relevant),
+                    ]
+                )
     path = folder / "overview.png"
     figures.attention_sheet(sheet, path, attention.COLORS)
     return [*files, path]
@@ -166,14 +174,10 @@ def measure(model, processor, dataset: Dataset, count: int, head: int, seed: int
     }
 
 
-def _pixels(pictures: list[Picture], processor) -> torch.Tensor:
+def _pixels(images: list[Image.Image], processor) -> torch.Tensor:
     """float (B, 3, S, S); one by one, since files differ in size."""
-    return torch.cat(
-        [
-            preprocess(torch.tensor(np.asarray(p.image)).permute(2, 0, 1)[None], processor)
-            for p in pictures
-        ]
-    )
+    tensors = [torch.tensor(np.asarray(image)).permute(2, 0, 1)[None] for image in images]
+    return torch.cat([preprocess(tensor, processor) for tensor in tensors])
 
 
 def _batches(items: list) -> Iterator[list]:
