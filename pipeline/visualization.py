@@ -81,7 +81,7 @@ def draw(
     head: int,
     target: str | None,
 ) -> list[Path]:
-    """Draw each picture's maps into `folder`, and one overview sheet of the first; returns the files.
+    """Draw each picture's maps into `folder`, and an overview of the first; returns the files.
 
     `layer` and `head` are those of the single maps, `target` the class of the relevance (by
     name or number; default: the predicted one). UserError for one that is not there.
@@ -98,45 +98,17 @@ def draw(
             maps.select("head", layer, head)  # refuses a wrong layer or head
         except ValueError as error:
             raise UserError(str(error)) from None
-        chances = maps.logits.softmax(dim=1)
         for i, (picture, image) in enumerate(zip(batch, images, strict=True)):
-
-            def laid(values, image=image):
-                return attention.overlay(image, values.cpu().numpy())
-
-            guess = int(chances[i].argmax())
-            title = f"{labels[guess]}, {chances[i, guess]:.1%}"
-            if picture.truth is not None:
-                title += f"\ntrue: {picture.truth}"
-            single = laid(maps.select("mean", layer)[i])
-            head_map = laid(maps.select("head", layer, head)[i])
-            across = laid(maps.rollout[i])
-            relevant = laid(maps.relevance[i])
-            about = labels[int(maps.classes[i])]
-            layers = maps.heads[i].mean(dim=1)  # (L, h, w)
-            heads = maps.heads[i, layer]  # (H, h, w)
-            number = range(len(layers))[layer]
-            plain = attention.enlarged(image)
-            for kind, panels in {
-                "overlay": [("", plain), (f"layer {number}", single)],
-                "layers": [(f"layer {n}", laid(m)) for n, m in enumerate(layers)],
-                "heads": [(f"head {n}", laid(m)) for n, m in enumerate(heads)],
-                "rollout": [("", plain), ("rollout", across)],
-                "relevance": [("", plain), (f"relevance for {about}", relevant)],
-            }.items():
+            title = _title(maps.logits[i], labels, picture.truth)
+            panels = _panels(maps, i, image, labels, layer)
+            for kind, overlays in panels.items():
                 path = folder / f"{picture.name}_{kind}.png"
-                figures.attention_panels(panels, title, path, attention.COLORS)
+                figures.attention_panels(overlays, title, path, attention.COLORS)
                 files.append(path)
             if len(sheet) < SHEET:
-                sheet.append(
-                    [
-                        (title, plain),
-                        (f"layer {number}", single),
-                        (f"its head {head}", head_map),
-                        ("rollout", across),
-                        (f"relevance for {about}", relevant),
-                    ]
-                )
+                (_, plain), last = panels["overlay"]
+                methods = [panels["heads"][head], panels["rollout"][1], panels["relevance"][1]]
+                sheet.append([(title, plain), last, *methods])
     path = folder / "overview.png"
     figures.attention_sheet(sheet, path, attention.COLORS)
     return [*files, path]
@@ -172,6 +144,33 @@ def measure(model, processor, dataset: Dataset, count: int, head: int, seed: int
             m: {k: v.mean(axis=0).tolist() for k, v in kinds.items()} for m, kinds in curves.items()
         },
     }
+
+
+def _panels(
+    maps: attention.Maps, i: int, image: Image.Image, labels: dict[int, str], layer: int
+) -> dict[str, list[tuple[str, Image.Image]]]:
+    """The overlays of image i, with their captions, by kind of figure."""
+
+    def laid(caption: str, values: torch.Tensor) -> tuple[str, Image.Image]:
+        return caption, attention.overlay(image, values.cpu().numpy())
+
+    plain = ("", attention.enlarged(image))
+    number = range(maps.heads.shape[1])[layer]  # -1 as the last
+    about = labels[int(maps.classes[i])]
+    return {
+        "overlay": [plain, laid(f"layer {number}", maps.select("mean", layer)[i])],
+        "layers": [laid(f"layer {n}", m) for n, m in enumerate(maps.heads[i].mean(dim=1))],
+        "heads": [laid(f"head {n}", m) for n, m in enumerate(maps.heads[i, layer])],
+        "rollout": [plain, laid("rollout", maps.rollout[i])],
+        "relevance": [plain, laid(f"relevance for {about}", maps.relevance[i])],
+    }
+
+
+def _title(logits: torch.Tensor, labels: dict[int, str], truth: str | None) -> str:
+    chances = logits.softmax(dim=0)
+    guess = int(chances.argmax())
+    title = f"{labels[guess]}, {chances[guess]:.1%}"
+    return title if truth is None else f"{title}\ntrue: {truth}"
 
 
 def _pixels(images: list[Image.Image], processor) -> torch.Tensor:
