@@ -1,11 +1,14 @@
 """Small real things to test with: models built from a config, images drawn here, digits."""
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 # Before any library reads them: caches of the tests' own, no Hub.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).parents[1]
 
