@@ -153,7 +153,8 @@ def parameter_groups(
             },
         )
         group["params"].append(parameter)
-    return list(groups.values())
+    # The head's first: the Trainer logs the rate of the first group.
+    return sorted(groups.values(), key=lambda group: -group["lr"])
 
 
 def resize_positions(table: Tensor, patches: int) -> Tensor:
