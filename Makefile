@@ -49,7 +49,7 @@ lint: .venv/.tests ## check the code's form
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-clean: ## remove .venv, models and results
-	rm -rf .venv models results .pytest_cache .ruff_cache
+clean: ## remove .venv and caches; models and results stay
+	rm -rf .venv .pytest_cache .ruff_cache
 
 .PHONY: help setup train evaluate visualize demo test lint clean
