@@ -37,6 +37,9 @@ evaluate: setup ## score MODEL on the test split
 visualize: setup ## draw where MODEL looks, and measure how faithful that is
 	$(BIN)/python scripts/visualize_attention.py $(SELECT)
 
+hub: setup ## a local Hub, to rehearse a publication; see ARGS=--help
+	$(BIN)/python scripts/local_hub.py $(ARGS)
+
 demo: setup ## the whole way on scikit-learn's digits, in minutes, on any machine
 	$(BIN)/python scripts/train_vit.py --recipe demo $(ARGS)
 	$(BIN)/python scripts/evaluate_vit.py --model models/demo --results results/demo
@@ -52,4 +55,4 @@ lint: .venv/.tests ## check the code's form
 clean: ## remove .venv and caches; models and results stay
 	rm -rf .venv .pytest_cache .ruff_cache
 
-.PHONY: help setup train evaluate visualize demo test lint clean
+.PHONY: help setup train evaluate visualize hub demo test lint clean

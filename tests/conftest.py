@@ -1,10 +1,15 @@
 """Small real things to test with: models built from a config, images drawn here, digits."""
 
 import atexit
+import io
 import os
 import shutil
+import socket
+import sys
 import tempfile
+import threading
 from pathlib import Path
+from urllib.parse import urlsplit
 
 # Before any library reads them: caches of the tests' own, no Hub.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-")
@@ -23,6 +28,9 @@ from transformers import (
     ViTForImageClassification,
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import local_hub
 
 SHARED = ROOT.parent / "shared"
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
@@ -92,3 +100,81 @@ def image_folder(tmp_path) -> Path:
         for i in range(20):
             draw_image(start + i).save(folder / f"{i:02}.png")
     return tmp_path / "pets"
+
+
+class FaultyHandler(local_hub.Handler):
+    """Fails as `server.faults` says: the first that matches a request is taken out and acted on.
+
+    A fault is (method, part of the path, what): a status to answer with, "drop" the connection
+    before acting, "lose" the reply after acting, "cut" the body short, "corrupt" it, or a
+    function to call before acting.
+    """
+
+    def answer(self):
+        self.fault = self._next_fault()
+        if callable(self.fault):
+            self.fault()
+        if isinstance(self.fault, int):
+            self.url, self.query = urlsplit(self.path), {}
+            for _ in self._incoming():
+                pass
+            return self._send(self.fault, {}, b"")
+        if self.fault == "drop":
+            self.close_connection = True
+            return self.connection.shutdown(socket.SHUT_RDWR)
+        super().answer()
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer
+
+    def _send(self, status, headers, body, start=0, size=None):
+        if self.fault == "lose":
+            self.close_connection = True
+            return self.connection.shutdown(socket.SHUT_RDWR)
+        if self.fault not in ("cut", "corrupt"):
+            return super()._send(status, headers, body, start, size)
+        body = body.read_bytes() if isinstance(body, Path) else body
+        if self.fault == "corrupt":
+            return super()._send(status, headers, body[:-1] + bytes([body[-1] ^ 1]))
+        whole, self.wfile = self.wfile, io.BytesIO()
+        super()._send(status, headers, body)
+        sent = self.wfile.getvalue()
+        whole.write(sent[: -len(body) // 2])
+        whole.flush()
+        self.close_connection = True
+        return self.connection.shutdown(socket.SHUT_RDWR)
+
+    def _next_fault(self):
+        with self.server.lock:
+            for fault in self.server.faults:
+                method, part, what = fault
+                if method == self.command and part in self.path:
+                    self.server.faults.remove(fault)
+                    return what
+        return None
+
+
+TOKENS = {
+    "hf_mine0000000000000000000000000000000": {"name": "me", "role": "write", "orgs": ["lab"]},
+    "hf_reader00000000000000000000000000000": {"name": "me", "role": "read", "orgs": []},
+    "hf_other000000000000000000000000000000": {"name": "other", "role": "write", "orgs": []},
+}
+MINE, READER, OTHER = TOKENS
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A local Hub of its own, which the clients of this process are pointed to."""
+    server = local_hub.LocalHub(tmp_path / "hub", TOKENS, handler=FaultyHandler)
+    server.faults, server.lock = [], threading.Lock()
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        server.url + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    yield server
+    server.shutdown()
+    server.server_close()
