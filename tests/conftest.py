@@ -162,7 +162,7 @@ MINE, READER, OTHER = TOKENS
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
+def hub_server(tmp_path, monkeypatch):
     """A local Hub of its own, which the clients of this process are pointed to."""
     server = local_hub.LocalHub(tmp_path / "hub", TOKENS, handler=FaultyHandler)
     server.faults, server.lock = [], threading.Lock()
@@ -178,3 +178,34 @@ def hub(tmp_path, monkeypatch):
     yield server
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture(scope="session")
+def measured_once(tmp_path_factory) -> Path:
+    """An untrained model of digits in `models/tiny`, and what it scored in `results`."""
+    from pipeline import evaluation, figures
+    from pipeline.model import build, build_processor
+    from pipeline.recipe import DataArguments, ModelArguments
+
+    root = tmp_path_factory.mktemp("measured")
+    folder = root / "models/tiny"
+    torch.manual_seed(0)
+    arguments = ModelArguments(
+        model_config=SMALL | {"model_type": "vit", "intermediate_size": 64}, image_size=32
+    )
+    build(arguments, [str(n) for n in range(10)]).save_pretrained(folder)
+    build_processor(arguments).save_pretrained(folder)
+    (folder / "recipe.yaml").write_text("dataset: digits\nseed: 0\n")
+    results = evaluation.evaluate(str(folder), DataArguments(dataset="digits"))
+    evaluation.write(results, root / "results")
+    figures.confusion_matrix(
+        results["confusion_matrix"], results["labels"], root / "results/confusion_matrix.png"
+    )
+    return root
+
+
+@pytest.fixture
+def measured(measured_once, here) -> Path:
+    """A copy of it in the folder worked in."""
+    shutil.copytree(measured_once, here, dirs_exist_ok=True)
+    return here

@@ -24,8 +24,8 @@ from huggingface_hub.errors import (
 
 
 @pytest.fixture
-def api(hub) -> HfApi:
-    api = HfApi(hub.url, token=MINE)
+def api(hub_server) -> HfApi:
+    api = HfApi(hub_server.url, token=MINE)
     api.create_repo("me/model")
     return api
 
@@ -64,19 +64,19 @@ def test_what_is_committed_comes_back_small_and_large(api, tmp_path, repo_type):
     assert entries["big.safetensors"].lfs.size == 256 * 9000
 
 
-def test_the_repository_is_real_git_and_holds_a_pointer(api, hub):
+def test_the_repository_is_real_git_and_holds_a_pointer(api, hub_server):
     commit(api, {"model.safetensors": b"weights"})
-    git = ["git", "--git-dir", str(hub.root / "models/me/model.git")]
+    git = ["git", "--git-dir", str(hub_server.root / "models/me/model.git")]
     assert subprocess.run([*git, "fsck", "--strict"], capture_output=True).returncode == 0
     pointer = subprocess.check_output([*git, "show", "main:model.safetensors"], text=True)
     assert pointer.startswith("version https://git-lfs.github.com/spec/v1\noid sha256:")
 
 
-def test_a_large_file_must_be_there_before_its_commit(api, hub):
+def test_a_large_file_must_be_there_before_its_commit(api, hub_server):
     before = api.model_info("me/model").sha
     weights = CommitOperationAdd("model.safetensors", b"weights")
     api.preupload_lfs_files("me/model", [weights])
-    next(hub.root.glob("lfs/*/*")).unlink()
+    next(hub_server.root.glob("lfs/*/*")).unlink()
     with pytest.raises(BadRequestError):
         api.create_commit("me/model", [weights], commit_message="Add weights")
     assert api.model_info("me/model").sha == before
@@ -179,15 +179,17 @@ def test_a_malformed_card_is_refused_before_the_commit(api):
     assert ModelCard.load(hf_hub_download("me/model", "README.md", endpoint=api.endpoint))
 
 
-def test_long_listings_come_in_pages_and_downloads_go_on_where_they_broke_off(api, hub, tmp_path):
+def test_long_listings_come_in_pages_and_downloads_go_on_where_they_broke_off(
+    api, hub_server, tmp_path
+):
     commit(api, {f"f/{i:04}": b"x" for i in range(1005)} | {"w.bin": bytes(range(256)) * 8000})
     assert len(api.list_repo_files("me/model")) == 1007
-    hub.faults.append(("GET", "resolve/main/w.bin", "cut"))
+    hub_server.faults.append(("GET", "resolve/main/w.bin", "cut"))
     path = api.hf_hub_download("me/model", "w.bin", cache_dir=tmp_path)
     with open(path, "rb") as file:
         assert file.read() == bytes(range(256)) * 8000
-    assert not hub.faults
-    files = HfFileSystem(hub.url, token=MINE)
+    assert not hub_server.faults
+    files = HfFileSystem(hub_server.url, token=MINE)
     assert files.read_bytes("me/model/w.bin", start=300, end=310) == bytes(range(44, 54))
 
 
@@ -208,7 +210,7 @@ def test_a_space_keeps_its_variables(api):
     assert api.space_info("me/space").sdk == "gradio"
 
 
-def test_a_folder_can_be_seeded_and_survives_a_restart(hub, tmp_path):
+def test_a_folder_can_be_seeded_and_survives_a_restart(hub_server, tmp_path):
     folder = tmp_path / "data"
     (folder / "plain").mkdir(parents=True)
     (folder / "plain/train.parquet").write_bytes(b"rows")
@@ -222,7 +224,7 @@ def test_a_folder_can_be_seeded_and_survives_a_restart(hub, tmp_path):
     assert refused.stderr == "Error: The local Hub answers on loopback only, not on 0.0.0.0.\n"
     assert (tmp_path / "hub/token").stat().st_mode & 0o077 == 0
     got = snapshot_download(
-        "org/set", repo_type="dataset", endpoint=hub.url, local_dir=tmp_path / "got"
+        "org/set", repo_type="dataset", endpoint=hub_server.url, local_dir=tmp_path / "got"
     )
     with open(f"{got}/plain/train.parquet", "rb") as file:
         assert file.read() == b"rows"
