@@ -3,10 +3,16 @@ PYTHON ?= python3#           the Python (3.11) that the environment is made from
 RECIPE ?= vit-base#          a name in pipeline/recipes, or a YAML file
 DATASET ?=#                  a Hub id, a local folder, or digits (default: the recipe's)
 MODEL ?=#                    a Hub id or a local folder (default: the recipe's; once trained: the last run)
+
+MODEL ?=#                    a Hub id or a local folder (default: the recipe's; evaluate: the last run)
+REPO ?=#                     push, verify: name/model on the Hub (verify also name/model@rev)
+TAG ?=#                      push: a tag, set once the download is verified
+DRY_RUN ?=#                  push: 1 shows what would be done; PRIVATE=1, PR=1 and FULL=1 as they say
 NPROC ?= 1#                  processes, started by accelerate
 ARGS ?=#                     anything else, as in ARGS="--learning_rate=2e-4 --seed=1"
 
 BIN := .venv/bin
+CHECK = $(if $(FULL),--full) $(if $(DATASET),--dataset $(DATASET)) $(ARGS)
 SELECT = $(if $(DATASET),--dataset $(DATASET)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 # --multi_gpu starts NPROC processes on a CPU too; without it, accelerate starts a single one.
 LAUNCH = $(BIN)/$(if $(filter 1,$(NPROC)),python,accelerate launch --multi_gpu \
@@ -37,6 +43,13 @@ evaluate: setup ## score MODEL on the test split
 visualize: setup ## draw where MODEL looks, and measure how faithful that is
 	$(BIN)/python scripts/visualize_attention.py $(SELECT)
 
+push: setup ## publish MODEL as REPO: one commit, verified, then tagged
+	$(BIN)/python scripts/push_to_hub.py "$(REPO)" $(if $(MODEL),--model $(MODEL)) $(CHECK) \
+		$(if $(TAG),--tag $(TAG)) $(if $(DRY_RUN),--dry_run) $(if $(PRIVATE),--private) $(if $(PR),--pr)
+
+verify: setup ## download REPO and measure whether it keeps what its card says
+	$(BIN)/python scripts/push_to_hub.py "$(REPO)" --verify_only $(CHECK)
+
 hub: setup ## a local Hub, to rehearse a publication; see ARGS=--help
 	$(BIN)/python scripts/local_hub.py $(ARGS)
 
@@ -55,4 +68,4 @@ lint: .venv/.tests ## check the code's form
 clean: ## remove .venv and caches; models and results stay
 	rm -rf .venv .pytest_cache .ruff_cache
 
-.PHONY: help setup train evaluate visualize hub demo test lint clean
+.PHONY: help setup train evaluate visualize push verify hub demo test lint clean
