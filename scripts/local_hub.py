@@ -666,6 +666,27 @@ def tokens_in(root: Path, user: str) -> dict:
     return json.loads(file.read_text())
 
 
+def environment(server: LocalHub) -> dict[str, str]:
+    """What points the clients here: to be set before they are imported."""
+    return {
+        "HF_ENDPOINT": server.url,
+        "HF_TOKEN_PATH": str(server.root / "token"),
+        "HF_HOME": str(server.root / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+        "DISABLE_SAFETENSORS_CONVERSION": "1",
+    }
+
+
+def run(server: LocalHub, command: list[str]) -> int:
+    """A command with this Hub as its Hub; returns its exit status."""
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    outside = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE")
+    variables = {k: v for k, v in os.environ.items() if k not in outside}
+    return subprocess.run(command, env=variables | environment(server)).returncode
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -682,6 +703,11 @@ def main() -> None:
         help="seed it, as in --add=datasets/uoft-cs/cifar10=FOLDER; left alone if there",
     )
     parser.add_argument("--verbose", action="store_true", help="log each request")
+    parser.add_argument(
+        "--run",
+        nargs=argparse.REMAINDER,
+        help="run the command that follows against it, and stop; on a free port",
+    )
     arguments = parser.parse_args()
     tokens = tokens_in(arguments.root, arguments.user)
     for wish in arguments.add:
@@ -695,17 +721,15 @@ def main() -> None:
             repo.create({"private": False, "sdk": None, "variables": {}})
             repo.add_folder(Path(folder))
     try:
-        server = LocalHub(
-            arguments.root, tokens, arguments.port, arguments.host, verbose=arguments.verbose
-        )
+        port = 0 if arguments.run else arguments.port
+        server = LocalHub(arguments.root, tokens, port, arguments.host, verbose=arguments.verbose)
     except (ValueError, OSError) as error:
         sys.exit(f"Error: {error}")
-    print(
-        f"A Hub in {arguments.root}, until Ctrl-C. In the shell that uses it:\n"
-        f"  export HF_ENDPOINT={server.url} HF_TOKEN_PATH={arguments.root.absolute() / 'token'}\n"
-        f"  export HF_HUB_DISABLE_XET=1 HF_HOME={arguments.root.absolute() / 'home'}",
-        flush=True,
-    )
+    if arguments.run:
+        sys.exit(run(server, arguments.run))
+    print(f"A Hub in {arguments.root}, until Ctrl-C. In the shell that uses it:\n  unset HF_TOKEN")
+    for name, value in environment(server).items():
+        print(f"  export {name}={value}", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:

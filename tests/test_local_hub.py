@@ -1,5 +1,6 @@
 """The local Hub, through the real client."""
 
+import re
 import subprocess
 import sys
 
@@ -228,3 +229,14 @@ def test_a_folder_can_be_seeded_and_survives_a_restart(hub_server, tmp_path):
     )
     with open(f"{got}/plain/train.parquet", "rb") as file:
         assert file.read() == b"rows"
+
+
+def test_a_command_runs_against_it_with_its_token_and_nobody_elses(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_real_hub")
+    code = "import huggingface_hub as h; print(h.create_repo('me/x'), h.get_token()[:3])"
+    command = [sys.executable, ROOT / "scripts/local_hub.py", "--root", tmp_path / "hub", "--run"]
+    done = subprocess.run(
+        [*command, sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/me/x hf_\n", done.stdout)
