@@ -11,9 +11,12 @@ from pathlib import Path
 
 import torch
 import yaml
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import HfArgumentParser, TrainingArguments
 
 from pipeline.errors import UserError
+from pipeline.revision import hub_commit
 
 RECIPES = Path(__file__).parent / "recipes"
 MODELS = Path("models")
@@ -133,14 +136,12 @@ class _Parser(HfArgumentParser):
 
 
 def load_recipe(name: str, overrides: list[str] = (), run: str | None = None) -> Recipe:
-    """The recipe of that name or YAML file, overridden by arguments such as `--seed=1`.
+    """The recipe of that name, YAML file or published model (`hub:name/model@rev`).
 
-    Raises UserError for no such recipe, an unknown key or a value of the wrong kind.
+    Arguments such as `--seed=1` override it. Raises UserError for no such recipe, an unknown
+    key or a value of the wrong kind.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
-        raise UserError(f'There is no recipe "{name}"; choose from {known}, or name a YAML file.')
+    path = _find(name)
     try:
         settings = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
@@ -153,7 +154,7 @@ def load_recipe(name: str, overrides: list[str] = (), run: str | None = None) ->
     settings = DEFAULTS | settings | given
     # Everything through one parser, so that a file and the command line mean the same.
     arguments = [f"--{k}={_as_argument(v)}" for k, v in settings.items() if v is not None]
-    run = run or path.stem
+    run = run or re.sub("@.*", "", name.split("/")[-1]).removesuffix(path.suffix)
     arguments.append(f"--output_dir={MODELS / 'checkpoints' / run}")
     arguments.append("--remove_unused_columns=false")  # ours are not the model's
     if not torch.accelerator.is_available():
@@ -169,6 +170,24 @@ def load_recipe(name: str, overrides: list[str] = (), run: str | None = None) ->
     recipe = Recipe(run, *own, training, resolved)
     _check_values(recipe)
     return recipe
+
+
+def _find(name: str) -> Path:
+    if name.startswith("hub:"):
+        repo, _, revision = name.removeprefix("hub:").partition("@")
+        commit = hub_commit("model", repo, revision or None)
+        try:
+            return Path(hf_hub_download(repo, "recipe.yaml", revision=commit or revision or None))
+        except (OSError, EntryNotFoundError):
+            raise UserError(f'The model "{repo}" has no recipe.yaml to train by.') from None
+    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+        raise UserError(
+            f'There is no recipe "{name}"; choose from {known}, name a YAML file, or a '
+            "published model as hub:name/model."
+        )
+    return path
 
 
 def _own_keys() -> set[str]:
