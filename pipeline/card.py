@@ -13,9 +13,16 @@ TEMPLATE = Path(__file__).with_name("card.md")
 METRICS = {"accuracy": "Accuracy", "f1": "Macro-F1"}  # by their names on the Hub
 
 
-def render(results: dict, repo: str, licence: str | None, files: list[str]) -> str:
-    """The card's text. `results` are those of `evaluation_results.json`, `files` the paths
-    of what is published with it (a picture or the recipe is shown where it is there).
+def render(
+    results: dict,
+    repo: str,
+    licence: str | None,
+    files: list[str],
+    faithfulness: dict | None = None,
+) -> str:
+    """The card's text. `results` are those of `evaluation_results.json`, `faithfulness` those
+    of `attention_faithfulness.json`, `files` the paths of what is published with it (a picture
+    is shown where it is there).
     """
     recipe = results.get("recipe") or {}
     dataset, training = results["dataset"], results.get("training") or {}
@@ -58,13 +65,14 @@ def render(results: dict, repo: str, licence: str | None, files: list[str]) -> s
         rows=rows(results),
         classes=class_rows(results),
         pictures=[file for file in files if file.endswith(".png")],
-        maps=sorted(file for file in files if file.startswith("visualizations/"))[:3],
+        maps=[file for file in files if file.startswith("visualizations/")],
+        faithfulness=faithfulness,
+        map_rows=map_rows(faithfulness),
         recipe=yaml.safe_dump(recipe, sort_keys=False).strip() if recipe else None,
         seed=recipe.get("seed"),
         training=training,
         **{key: results[key] for key in ("model", "dataset", "labels", "versions", "hardware")},
         code_revision=results["code_revision"],
-        faithfulness="attention_faithfulness.json" in files,
     )
     return str(card)
 
@@ -102,7 +110,25 @@ def class_rows(results: dict) -> dict[str, tuple[str, ...]]:
     }
 
 
-def differences(text: str, results: dict) -> list[str]:
+def map_rows(faithfulness: dict | None) -> dict[str, tuple[str, ...]]:
+    """The rows of the table of attention methods, by name: area and gain over random order."""
+    found = {}
+    for method, kinds in (faithfulness or {"methods": {}})["methods"].items():
+        cells = []
+        for kind in ("deletion", "insertion"):
+            entry = kinds[kind]
+            cells.append(f"{entry['area']:.3f}")
+            if "better_by" in entry:
+                low, high = entry["better_by_interval"]
+                verdict = "better" if entry["beats_random"] else "**not better**"
+                cells.append(f"{verdict}, {entry['better_by']:+.3f} ({low:+.3f} to {high:+.3f})")
+            else:
+                cells.append("")
+        found[f"{method} order" if method == "random" else f"`{method}`"] = tuple(cells)
+    return found
+
+
+def differences(text: str, results: dict, faithfulness: dict | None = None) -> list[str]:
     """Where a card, read as it stands, says something other than the results; [] if nowhere."""
     found = []
 
@@ -118,9 +144,11 @@ def differences(text: str, results: dict) -> list[str]:
         for line in text.splitlines()
         if line.startswith("|")
     ]
-    for name, cells in (rows(results) | class_rows(results)).items():
-        said = [row[1:] for row in tables if row[0] == name]
-        expect(f'"{name}"', said, [cells])
+    true = rows(results) | class_rows(results) | map_rows(faithfulness)
+    for name, cells in true.items():
+        if (name, *cells) not in tables:
+            said = [row[1:] for row in tables if row[0] == name]
+            expect(f'"{name}"', said, list(cells))
     expect("the headline", re.findall(r"\*\*[\d.]+ %\*\* of .*?\)", text), [headline(results)])
     return found
 

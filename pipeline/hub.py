@@ -41,9 +41,13 @@ FROM_RESULTS = (
     "evaluation_results.json",
     "training_curves.png",
     "confusion_matrix.png",
+)
+# Those of attention maps, published together.
+FROM_MAPS = (
     "attention_faithfulness.json",
     "attention_faithfulness.png",
-    "visualizations/*.png",
+    "visualizations/overview.png",
+    "visualizations/*_layers.png",
 )
 KEPT = {".gitattributes"}  # the Hub's own: says which files are large
 SECRETS = re.compile(
@@ -85,7 +89,7 @@ def check_access(
     with in_words(api, repo):
         validate_repo_id(repo)
         if repo.count("/") != 1:
-            raise UserError(f'"{repo}" is no repository name: give it as name/model.')
+            raise UserError(f'"{repo}" is no repository name: give it as REPO=name/model.')
         try:
             who = retry(api.whoami)
         except HfHubHTTPError as error:
@@ -123,13 +127,14 @@ def changed_files(digests: dict[str, str], folder: Path) -> list[str]:
     return [name for name, digest in digests.items() if _sha256(folder / name) != digest]
 
 
-def published_files(model: Path, results: Path) -> dict[str, Path]:
+def published_files(model: Path, results: Path, maps: bool = False) -> dict[str, Path]:
     """What may be published and is there, by its path in the repository: nothing but this list.
 
-    UserError if a file that makes up a model is missing.
+    With `maps`, those of attention too. UserError if a file that makes up a model is missing.
     """
     found = {}
-    for folder, patterns in ((model, (*MODEL_FILES, *FROM_MODEL)), (results, FROM_RESULTS)):
+    from_results = FROM_RESULTS + FROM_MAPS if maps else FROM_RESULTS
+    for folder, patterns in ((model, (*MODEL_FILES, *FROM_MODEL)), (results, from_results)):
         for pattern in patterns:
             for file in sorted(folder.glob(pattern)):
                 found[file.relative_to(folder).as_posix()] = file
@@ -266,7 +271,7 @@ def in_words(api: HfApi, repo: str) -> Iterator[None]:
     try:
         yield
     except HFValidationError:
-        raise UserError(f'"{repo}" is no repository name: give it as name/model.') from None
+        raise UserError(f'"{repo}" is no repository name: give it as REPO=name/model.') from None
     except RepositoryNotFoundError:
         raise UserError(f'There is no "{repo}" on {where}, or it is hidden from you.') from None
     except RevisionNotFoundError:

@@ -3,12 +3,11 @@
 import json
 import logging
 import tempfile
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
 import numpy as np
-import yaml
 from huggingface_hub import HfApi
 from PIL import Image
 from transformers import pipeline
@@ -16,7 +15,7 @@ from transformers import pipeline
 from pipeline import card, hub
 from pipeline.data import content_hash, load_splits
 from pipeline.errors import UserError
-from pipeline.recipe import DataArguments
+from pipeline.evaluation import data_of
 
 IMAGES = 1000
 
@@ -54,7 +53,9 @@ def verify(
         results = _read_results(folder, repo, commit)
         changed = hub.changed_files(results["model"]["sha256"], folder)
         _expect(not changed, repo, commit, f"{', '.join(changed)} is not what was evaluated")
-        said = card.differences((folder / "README.md").read_text(), results)
+        maps = folder / "attention_faithfulness.json"
+        faithfulness = json.loads(maps.read_text()) if maps.exists() else None
+        said = card.differences((folder / "README.md").read_text(), results, faithfulness)
         _expect(not said, repo, commit, "; ".join(said[:3]))
         split = _images_of(folder, results, dataset)
         _expect(
@@ -89,18 +90,10 @@ def _read_results(folder: Path, repo: str, commit: str) -> dict:
 
 def _images_of(folder: Path, results: dict, dataset: str | None) -> datasets.Dataset:
     """The split that was scored, decoded as it was then: `image` uint8 (3, H, W), `label`."""
-    about, recipe = results["dataset"], {}
-    if (folder / "recipe.yaml").exists():
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-    data = DataArguments(
-        **{f.name: recipe[f.name] for f in fields(DataArguments) if f.name in recipe}
-    )
-    data = replace(
-        data,
-        dataset=dataset or about["name"],
-        dataset_config=None if dataset else about["config"],
-        dataset_revision=None if dataset else about["revision"],
-    )
+    about = results["dataset"]
+    data = data_of(str(folder), dataset or about["name"])
+    if dataset is None:
+        data = replace(data, dataset_config=about["config"], dataset_revision=about["revision"])
     resample = json.loads((folder / "preprocessor_config.json").read_text())["resample"]
     return load_splits(data, results["model"]["image_size"], resample, only=about["split"])[
         about["split"]

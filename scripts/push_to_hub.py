@@ -35,20 +35,21 @@ def push(arguments: argparse.Namespace) -> None:
     if propose and arguments.tag:
         raise UserError("A pull request can't be tagged: tag it when it is merged.")
     # After the arguments: the libraries take seconds.
-    from pipeline import card, hub
+    from pipeline import card, evaluation, hub
 
     # May it be written, and is it measured? Before anything is prepared.
     api = hub.connect()
     info = hub.check_access(api, repo, arguments.private, propose)
-    model = Path(arguments.model or last_run()).expanduser()
+    model = Path(arguments.model or evaluation.last_run()).expanduser()
     results = read_results(arguments.results, model)
+    faithfulness = read_faithfulness(arguments.results, results)
 
     with tempfile.TemporaryDirectory() as folder:
         # The card, from the results; and all files as they are now.
         base = card.hub_id((results.get("recipe") or {}).get("model"))
         licence = hub.licence(api, base) if base else own_licence(results)
-        files = hub.published_files(model, arguments.results)
-        text = card.render(results, repo, licence, list(files))
+        files = hub.published_files(model, arguments.results, maps=faithfulness is not None)
+        text = card.render(results, repo, licence, list(files), faithfulness)
         staged = hub.stage(files, text, Path(folder), api.token)
 
         # What would change there?
@@ -112,11 +113,16 @@ def read_results(folder: Path, model: Path) -> dict:
     return results
 
 
-def last_run() -> str:
-    runs = sorted(Path("models").glob("*/training.json"), key=lambda p: p.stat().st_mtime)
-    if not runs:
-        raise UserError("There is no trained model in models/: train one, or name one with MODEL=.")
-    return str(runs[-1].parent)
+def read_faithfulness(folder: Path, results: dict) -> dict | None:
+    """How faithful this model's maps are; None if unknown, or if they are another model's."""
+    file = folder / "attention_faithfulness.json"
+    if not file.is_file():
+        return None
+    found = json.loads(file.read_text())
+    if found["sha256"] == results["model"]["sha256"]:
+        return found
+    print(f"The maps in {folder} are another model's: left out. `make visualize` draws this one's.")
+    return None
 
 
 def own_licence(results: dict) -> str | None:

@@ -180,6 +180,25 @@ def hub_server(tmp_path, monkeypatch):
     server.server_close()
 
 
+FAITHFULNESS = {
+    "random": {kind: {"area": 0.5} for kind in ("deletion", "insertion")},
+    "mean": {
+        "deletion": {
+            "area": 0.4,
+            "better_by": 0.1,
+            "better_by_interval": [0.05, 0.15],
+            "beats_random": True,
+        },
+        "insertion": {
+            "area": 0.48,
+            "better_by": -0.02,
+            "better_by_interval": [-0.07, 0.03],
+            "beats_random": False,
+        },
+    },
+}
+
+
 @pytest.fixture(scope="session")
 def measured_once(tmp_path_factory) -> Path:
     """An untrained model of digits in `models/tiny`, and what it scored in `results`."""

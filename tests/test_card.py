@@ -5,6 +5,7 @@ import re
 
 import pytest
 import yaml
+from conftest import FAITHFULNESS
 from huggingface_hub import ModelCard
 
 from pipeline import card
@@ -72,10 +73,23 @@ def test_local_folders_are_named_without_where_they_lie(results):
     assert "`dinov2-small`, fine-tuned on `photos`" in card_text
 
 
+def test_how_faithful_maps_are_is_said_also_where_they_are_not(results):
+    found = {"images": 200, "methods": FAITHFULNESS}
+    text = card.render(
+        results, "me/model", None, ["visualizations/overview.png"], faithfulness=found
+    )
+    row = "| `mean` | 0.400 | better, +0.100 (+0.050 to +0.150) "
+    row += "| 0.480 | **not better**, -0.020 (-0.070 to +0.030) |"
+    assert row in text
+    assert card.differences(text, results, found) == []
+    wrong = text.replace("0.480 |", "0.580 |")
+    assert len(card.differences(wrong, results, found)) == 1
+
+
 def test_pictures_and_the_recipe_are_shown_where_they_are(results):
-    text = render(results, ["attention_faithfulness.json", "visualizations/a b.png"])
-    assert "![Attention map](<visualizations/a b.png>)" in text
-    assert "attention_faithfulness.json" in text
+    text = render(results, ["visualizations/a b_layers.png"])
+    assert "![Attention in every layer](<visualizations/a b_layers.png>)" in text
+    assert "Whether to believe" not in text
     assert "confusion_matrix.png" not in text
     shown = re.search("```yaml\n(.*?)```", text, re.DOTALL)
     assert yaml.safe_load(shown[1]) == results["recipe"]

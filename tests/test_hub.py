@@ -11,11 +11,12 @@ import threading
 
 import push_to_hub
 import pytest
-from conftest import MINE, OTHER, READER, draw_image
+from conftest import FAITHFULNESS, MINE, OTHER, READER, draw_image
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from pipeline import card, hub, verification
 from pipeline.errors import UserError
+from pipeline.recipe import DataArguments, load_recipe
 
 REPO = "me/digits"
 
@@ -33,21 +34,21 @@ def push(monkeypatch, *arguments: str, repo: str = REPO) -> None:
     push_to_hub.main()
 
 
-def send(api: HfApi, folder, card_text: str | None = None, repo: str = REPO, **options) -> str:
+def send(api: HfApi, folder, propose: bool = False) -> str:
     """What `push` does up to the commit; returns its hash."""
     results = json.loads((folder / "results/evaluation_results.json").read_text())
     files = hub.published_files(folder / "models/tiny", folder / "results")
-    text = card_text or card.render(results, repo, "mit", list(files))
+    text = card.render(results, REPO, "mit", list(files))
     (folder / "staged").mkdir(exist_ok=True)
     staged = hub.stage(files, text, folder / "staged", MINE)
-    info = hub.check_access(api, repo)
-    plan = hub.plan(api, repo, staged, info.sha if info else None)
-    plan.head = plan.head or hub.create(api, repo, private=False)
-    return hub.commit(api, repo, staged, plan, "Publish", **options)
+    info = hub.check_access(api, REPO)
+    plan = hub.plan(api, REPO, staged, info.sha if info else None)
+    plan.head = plan.head or hub.create(api, REPO, private=False)
+    return hub.commit(api, REPO, staged, plan, "Publish", propose)
 
 
-def history(api: HfApi, repo: str = REPO) -> list[str]:
-    return [commit.title for commit in api.list_repo_commits(repo)]
+def history(api: HfApi) -> list[str]:
+    return [commit.title for commit in api.list_repo_commits(REPO)]
 
 
 def test_a_push_is_one_commit_verified_and_then_tagged(mine, here, monkeypatch, capsys):
@@ -335,9 +336,9 @@ def test_a_claim_that_the_download_does_not_keep_fails(mine, here, whole):
     results = json.loads(file.read_text())
     results["accuracy"] = 1.0
     if whole:
-        split = verification.load_splits(
-            verification.DataArguments(dataset="digits"), 32, 2, only="test"
-        )["test"]
+        split = verification.load_splits(DataArguments(dataset="digits"), 32, 2, only="test")[
+            "test"
+        ]
         results["predictions"] = list(split["label"])
         results["confusion_matrix"] = [
             [n if i == j else 0 for j in range(10)] for i, n in enumerate(results["support"])
@@ -349,7 +350,36 @@ def test_a_claim_that_the_download_does_not_keep_fails(mine, here, whole):
         verification.verify(mine, REPO, images=20)
 
 
-def test_a_published_recipe_and_the_snippet_of_the_card_work(mine, here, monkeypatch):
+def test_a_published_recipe_trains_again(mine, here):
+    commit = send(mine, here)
+    published = load_recipe(f"hub:{REPO}@{commit}")
+    assert published.run == "digits"
+    assert published.settings == load_recipe("models/tiny/recipe.yaml").settings
+    assert load_recipe(f"hub:{REPO}", ["--seed=1"]).training.seed == 1
+    mine.create_repo("me/empty")
+    with pytest.raises(UserError, match=r'"me/empty" has no recipe\.yaml'):
+        load_recipe("hub:me/empty")
+    with pytest.raises(UserError, match='no model "me/nothing"'):
+        load_recipe("hub:me/nothing")
+
+
+def test_maps_are_published_if_they_are_this_models(mine, here, monkeypatch, capsys):
+    results = json.loads((here / "results/evaluation_results.json").read_text())
+    maps = {"sha256": results["model"]["sha256"], "images": 5, "methods": FAITHFULNESS}
+    (here / "results/visualizations").mkdir()
+    (here / "results/visualizations/overview.png").write_bytes(b"png")
+    (here / "results/attention_faithfulness.json").write_text(json.dumps(maps))
+    push(monkeypatch, "--dry_run")
+    assert re.search(r"add .* visualizations/overview\.png", capsys.readouterr().out)
+    maps["sha256"] = maps["sha256"] | {"model.safetensors": "0" * 64}
+    (here / "results/attention_faithfulness.json").write_text(json.dumps(maps))
+    push(monkeypatch, "--dry_run")
+    printed = capsys.readouterr().out
+    assert "maps in results are another model's: left out" in printed
+    assert "overview.png" not in printed
+
+
+def test_the_snippet_of_the_card_runs(mine, here, monkeypatch):
     send(mine, here)
     monkeypatch.chdir(here)
     draw_image(0).save("image.png")
