@@ -3,15 +3,19 @@ PYTHON ?= python3#           the Python (3.11) that the environment is made from
 RECIPE ?= vit-base#          a name in pipeline/recipes, or a YAML file
 DATASET ?=#                  a Hub id, a local folder, or digits (default: the recipe's)
 MODEL ?=#                    a Hub id or a local folder (default: the recipe's; once trained: the last run)
-
-MODEL ?=#                    a Hub id or a local folder (default: the recipe's; evaluate: the last run)
-REPO ?=#                     push, verify: name/model on the Hub (verify also name/model@rev)
+REPO ?=#                     name/model on the Hub, to push to; name/model@rev, to verify
 TAG ?=#                      push: a tag, set once the download is verified
-DRY_RUN ?=#                  push: 1 shows what would be done; PRIVATE=1, PR=1 and FULL=1 as they say
+DRY_RUN ?=#                  push: 1 sends nothing, and shows what would change
+PRIVATE ?=#                  push: 1 makes a new repository private
+PR ?=#                       push: 1 proposes it as a pull request
+FULL ?=#                     push, verify: 1 classifies all test images, not 1,000
 NPROC ?= 1#                  processes, started by accelerate
 ARGS ?=#                     anything else, as in ARGS="--learning_rate=2e-4 --seed=1"
 
 BIN := .venv/bin
+PUSH = $(if $(MODEL),--model $(MODEL)) $(if $(TAG),--tag $(TAG)) $(if $(DRY_RUN),--dry_run) \
+	$(if $(PRIVATE),--private) $(if $(PR),--pr)
+REHEARSE = $(BIN)/python scripts/local_hub.py --root results/demo/hub --run $(BIN)/python
 CHECK = $(if $(FULL),--full) $(if $(DATASET),--dataset $(DATASET)) $(ARGS)
 SELECT = $(if $(DATASET),--dataset $(DATASET)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 # --multi_gpu starts NPROC processes on a CPU too; without it, accelerate starts a single one.
@@ -20,7 +24,7 @@ LAUNCH = $(BIN)/$(if $(filter 1,$(NPROC)),python,accelerate launch --multi_gpu \
 
 help: ## list the targets and their variables
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
-	@sed -nE 's/^([A-Z]+) \?= ?(.*)# +(.*)/  \1=\2\t\3/p' Makefile | expand -t 18
+	@sed -nE 's/^([A-Z_]+) \?= ?(.*)# +(.*)/  \1=\2\t\3/p' Makefile | expand -t 18
 
 setup: .venv/.runs ## make .venv from requirements.txt
 
@@ -44,8 +48,7 @@ visualize: setup ## draw where MODEL looks, and measure how faithful that is
 	$(BIN)/python scripts/visualize_attention.py $(SELECT)
 
 push: setup ## publish MODEL as REPO: one commit, verified, then tagged
-	$(BIN)/python scripts/push_to_hub.py "$(REPO)" $(if $(MODEL),--model $(MODEL)) $(CHECK) \
-		$(if $(TAG),--tag $(TAG)) $(if $(DRY_RUN),--dry_run) $(if $(PRIVATE),--private) $(if $(PR),--pr)
+	$(BIN)/python scripts/push_to_hub.py "$(REPO)" $(PUSH) $(CHECK)
 
 verify: setup ## download REPO and measure whether it keeps what its card says
 	$(BIN)/python scripts/push_to_hub.py "$(REPO)" --verify_only $(CHECK)
@@ -57,6 +60,9 @@ demo: setup ## the whole way on scikit-learn's digits, in minutes, on any machin
 	$(BIN)/python scripts/train_vit.py --recipe demo $(ARGS)
 	$(BIN)/python scripts/evaluate_vit.py --model models/demo --results results/demo
 	$(BIN)/python scripts/visualize_attention.py --model models/demo --results results/demo
+	rm -rf results/demo/hub
+	$(REHEARSE) scripts/push_to_hub.py me/demo --model models/demo --results results/demo --tag v1
+	$(REHEARSE) scripts/predict.py me/demo@v1
 
 test: .venv/.tests ## run the tests
 	$(BIN)/python -m pytest -q
