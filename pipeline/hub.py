@@ -6,6 +6,7 @@ questions before and after it: those are tried again here. The Hub is the one of
 
 import hashlib
 import json
+import logging
 import mmap
 import re
 import shutil
@@ -33,6 +34,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from pipeline.errors import UserError
 
+logger = logging.getLogger(__name__)
 BACKOFF = (1, 2, 4, 8, 8)  # seconds between tries, as the client's own
 MODEL_FILES = ("model.safetensors", "config.json", "preprocessor_config.json")
 # What else may be published, as patterns below the model's folder and that of the results.
@@ -260,6 +262,7 @@ def retry(call, *arguments, **options):
         except (httpx2.HTTPError, OSError, ValueError) as error:
             if not _passes(error):
                 raise
+            logger.warning("The Hub did not answer as it should: again in %s s.", pause)
         time.sleep(pause)
     return call(*arguments, **options)
 

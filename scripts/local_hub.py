@@ -289,7 +289,8 @@ def create_repo(request: Handler):
     owner = asked.get("organization") or (request.user or {}).get("name")
     request.check_may_write(owner)
     name, kind = f"{owner}/{asked['name']}", asked.get("type", "model") + "s"
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+    known = kind in ("models", "datasets", "spaces")
+    if not known or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise Problem(400, f"Invalid repository name: {name}")
     repo = Repo(request.server.root, kind, name)
     prefix = "" if kind == "models" else f"{kind}/"
@@ -307,7 +308,7 @@ def create_repo(request: Handler):
 def delete_repo(request: Handler):
     asked = request.json()
     name = f"{asked.get('organization') or (request.user or {}).get('name')}/{asked['name']}"
-    repo = request._repo(asked.get("type", "model") + "s", name, write=True)
+    repo = request._repo(f"{asked.get('type') or 'model'}s", name, write=True)
     with repo.lock:
         shutil.rmtree(repo.path)
     return {}

@@ -51,6 +51,7 @@ def push(arguments: argparse.Namespace) -> None:
         files = hub.published_files(model, arguments.results, maps=faithfulness is not None)
         text = card.render(results, repo, licence, list(files), faithfulness)
         staged = hub.stage(files, text, Path(folder), api.token)
+        check_same(results, Path(folder), model)  # the copies: a training may be running
 
         # What would change there?
         plan = hub.plan(api, repo, staged, info.sha if info else None)
@@ -98,19 +99,23 @@ def verify(repo: str, revision: str | None, arguments: argparse.Namespace) -> No
 
 def read_results(folder: Path, model: Path) -> dict:
     """The results of evaluation; UserError unless they are of this very model."""
-    from pipeline import hub
-
     file = folder / "evaluation_results.json"
     if not file.is_file():
         raise UserError(f"There are no results in {folder}: run `make evaluate MODEL={model}`.")
     results = json.loads(file.read_text())
-    changed = hub.changed_files(results["model"]["sha256"], model)
+    check_same(results, model, model)
+    return results
+
+
+def check_same(results: dict, folder: Path, model: Path) -> None:
+    from pipeline import hub
+
+    changed = hub.changed_files(results["model"]["sha256"], folder)
     if changed:
         raise UserError(
-            f"The results in {folder} are not of this model: {' and '.join(changed)} in {model} "
-            f"is not what was evaluated. Run `make evaluate MODEL={model}`."
+            f"The results are not of this model: {' and '.join(changed)} in {model} is not what "
+            f"was evaluated. Run `make evaluate MODEL={model}`."
         )
-    return results
 
 
 def read_faithfulness(folder: Path, results: dict) -> dict | None:
