@@ -65,7 +65,8 @@ def render(
         rows=rows(results),
         classes=class_rows(results),
         pictures=[file for file in files if file.endswith(".png")],
-        maps=[file for file in files if file.startswith("visualizations/")],
+        # The overview and two series over the layers: the others are among the files.
+        maps=[file for file in files if file.startswith("visualizations/")][:3],
         faithfulness=faithfulness,
         map_rows=map_rows(faithfulness),
         recipe=yaml.safe_dump(recipe, sort_keys=False).strip() if recipe else None,
