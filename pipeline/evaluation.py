@@ -65,7 +65,7 @@ def evaluate(name: str, data: DataArguments, split: str = "test", batch_size: in
         },
         "dataset": {
             "name": data.dataset,
-            "config": data.dataset_config,
+            "config": data.dataset_config or dataset.info.config_name,
             "revision": dataset_revision(data),
             "split": split,
             "images": len(dataset),
