@@ -146,7 +146,7 @@ def test_a_finished_run_is_left_alone_unless_told(tiny_recipe, here):
 
 def test_another_recipe_in_the_same_place_is_refused(tiny_recipe):
     train(load_recipe(tiny_recipe, [], "run"))
-    with pytest.raises(UserError, match=r"another recipe \(learning_rate is 0.01 now, 0.001 there"):
+    with pytest.raises(UserError, match=r"another recipe \(learning_rate is 0.01 now, 0.003 there"):
         train(load_recipe(tiny_recipe, ["--learning_rate=1e-2"], "run"))
     # How fast is another matter.
     assert not train(load_recipe(tiny_recipe, ["--logging_steps=7"], "run"))["new"]
@@ -190,7 +190,8 @@ def test_accumulated_batches_train_like_one_large_batch(tiny_recipe, here):
 
 
 def test_two_processes_give_the_validation_loss_of_one(tiny_recipe, here):
-    same = ["--crop_padding=0", "--num_train_epochs=6", "--learning_rate=5e-3"]
+    # Whole batches only: of a smaller last one, two processes score some images twice.
+    same = ["--crop_padding=0", "--num_train_epochs=3", "--dataloader_drop_last"]
     one = train(load_recipe(tiny_recipe, same, "one"))
     launch = ["launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     result = subprocess.run(
