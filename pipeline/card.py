@@ -69,6 +69,7 @@ def render(
         maps=[file for file in files if file.startswith("visualizations/")][:3],
         faithfulness=faithfulness,
         map_rows=map_rows(faithfulness),
+        familiar_rows=familiar_rows(results),
         recipe=yaml.safe_dump(recipe, sort_keys=False).strip() if recipe else None,
         seed=recipe.get("seed"),
         training=training,
@@ -111,6 +112,17 @@ def class_rows(results: dict) -> dict[str, tuple[str, ...]]:
     }
 
 
+def familiar_rows(results: dict) -> dict[str, tuple[str, ...]]:
+    """The rows of the table of how many pictures pass as familiar, by what they are."""
+    familiarity, split = results["familiarity"], results["dataset"]["split"]
+    shares = {
+        f"validation images, threshold {familiarity['threshold']:.3f}": familiarity["validation"],
+        f"{split} images": familiarity[split],
+        **familiarity["others"],
+    }
+    return {kind: (percent(share),) for kind, share in shares.items()}
+
+
 def map_rows(faithfulness: dict | None) -> dict[str, tuple[str, ...]]:
     """The rows of the table of attention methods, by name: area and gain over random order."""
     found = {}
@@ -145,7 +157,7 @@ def differences(text: str, results: dict, faithfulness: dict | None = None) -> l
         for line in text.splitlines()
         if line.startswith("|")
     ]
-    true = rows(results) | class_rows(results) | map_rows(faithfulness)
+    true = rows(results) | class_rows(results) | familiar_rows(results) | map_rows(faithfulness)
     for name, cells in true.items():
         if (name, *cells) not in tables:
             said = [row[1:] for row in tables if row[0] == name]

@@ -18,7 +18,7 @@ from huggingface_hub import hf_hub_download
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from pipeline import environment
+from pipeline import environment, familiarity
 from pipeline.data import Batches, content_hash, load_splits
 from pipeline.errors import UserError
 from pipeline.metrics import ImageClassification
@@ -35,8 +35,9 @@ def evaluate(name: str, data: DataArguments, split: str = "test", batch_size: in
 
     Returns the results as plain values for JSON: the metrics of `ImageClassification`, and
     what they were computed from. `predictions` and `confidences` hold each image's, in
-    order, and `recipe` the settings the model was trained by, its seed among them, where they
-    are known. UserError for a model or dataset that can't be had, or whose classes differ.
+    order, `familiarity` what `measure_familiarity` found, and `recipe` the settings the model
+    was trained by, its seed among them, where they are known. UserError for a model or dataset
+    that can't be had, or whose classes differ.
     """
     recipe = recipe_of(name)
     name, revision = split_revision(name)
@@ -51,8 +52,9 @@ def evaluate(name: str, data: DataArguments, split: str = "test", batch_size: in
             f"has {_some(labels)}."
         )
     started = time.monotonic()
-    logits, truth = predict(model, processor, dataset, batch_size)
+    logits, truth = predict(model, processor, dataset, batch_size, split)
     wall = time.monotonic() - started
+    familiar = measure_familiarity(model, processor, data, logits, split, batch_size)
     metric = ImageClassification(keep_in_memory=True)
     scores = metric.compute(predictions=logits.numpy(), references=truth.numpy())
     return {
@@ -75,6 +77,7 @@ def evaluate(name: str, data: DataArguments, split: str = "test", batch_size: in
         **scores,
         "predictions": logits.argmax(dim=1).tolist(),
         "confidences": [round(p, 4) for p in logits.softmax(dim=1).amax(dim=1).tolist()],
+        "familiarity": familiar,
         "recipe": recipe,
         "wall_s": round(wall, 1),
         "hardware": environment.hardware(),
@@ -83,7 +86,9 @@ def evaluate(name: str, data: DataArguments, split: str = "test", batch_size: in
     }
 
 
-def predict(model, processor, dataset, batch_size: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+def predict(
+    model, processor, dataset, batch_size: int = 128, what: str = "images"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits float32 (N, C) and labels (N,), in the dataset's order, from all processes."""
     accelerator = Accelerator()
     loader = DataLoader(Batches(dataset), batch_size, collate_fn=Batches.collate)
@@ -91,12 +96,38 @@ def predict(model, processor, dataset, batch_size: int = 128) -> tuple[torch.Ten
     model, loader = model.to(accelerator.device).eval(), accelerator.prepare(loader)
     logits, labels = [], []
     with torch.inference_mode():
-        for batch in tqdm(loader, desc="Scoring", disable=not accelerator.is_main_process):
+        for batch in tqdm(loader, f"Scoring {what}", disable=not accelerator.is_main_process):
             output = model(preprocess(batch["pixel_values"], processor)).logits.float()
             output, truth = accelerator.gather_for_metrics((output, batch["labels"]))
             logits.append(output.cpu())
             labels.append(truth.cpu())
     return torch.cat(logits), torch.cat(labels)
+
+
+def measure_familiarity(
+    model, processor, data: DataArguments, logits: torch.Tensor, split: str, batch_size: int
+) -> dict:
+    """The threshold fitted on validation, and the share of images that reach it: of validation,
+    of the split with these logits (N, C), and of pictures of other things. See `familiarity`.
+    """
+    size, resample = processor.size["height"], processor.resample
+
+    def scored(dataset, what: str) -> torch.Tensor:
+        return predict(model, processor, dataset, batch_size, what)[0]
+
+    splits = load_splits(data, size, resample, only="validation")
+    validation = scored(splits["validation"], "validation")
+    others = familiarity.other_pictures(size, resample)
+    if data.dataset == "digits":
+        del others["handwritten digits"]
+    threshold = familiarity.fit(validation)
+    return {
+        "score": "energy",
+        "threshold": threshold,
+        "validation": familiarity.share(validation, threshold),
+        split: familiarity.share(logits, threshold),
+        "others": {n: familiarity.share(scored(d, n), threshold) for n, d in others.items()},
+    }
 
 
 def write(results: dict, folder: Path) -> None:
@@ -109,6 +140,7 @@ def write(results: dict, folder: Path) -> None:
 def as_text(results: dict) -> str:
     low, high = results["accuracy_interval"]
     model, dataset = results["model"], results["dataset"]
+    familiar = results["familiarity"]
     width = max(len(label) for label in results["labels"])
     lines = [
         f"Accuracy       {results['accuracy']:.2%}  (95 % interval {low:.2%} to {high:.2%})",
@@ -121,6 +153,8 @@ def as_text(results: dict) -> str:
         + f", {model['image_size']} px, {model['parameters'] / 1e6:.1f} M parameters",
         f"Weights        sha256 {model['sha256']['model.safetensors']}",
         f"Dataset        {dataset['name']}, split {dataset['split']}, {dataset['images']:,} images",
+        f"Familiar       {familiar[dataset['split']]:.1%} of these images pass as like those it "
+        "was trained on; of " + ", of ".join(f"{n} {s:.1%}" for n, s in familiar["others"].items()),
         f"Scored in      {results['wall_s']} s on {results['hardware']}",
         "",
         f"{'class':{width}}  precision  recall      f1  images",

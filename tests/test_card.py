@@ -54,6 +54,8 @@ def test_the_numbers_are_those_of_the_results(results):
         (r"\*\*[\d.]+ %\*\*", "**99.00 %**"),
         (r"interval [\d.]+ %", "interval 99.00 %"),
         (r"\| 3 \|.*\n", ""),
+        (r"photographs \| [\d.]+", "photographs | 99.00"),
+        (r"threshold -?[\d.]+", "threshold 99.000"),
     ],
 )
 def test_any_wrong_number_is_found(results, pattern, wrong):
