@@ -48,6 +48,7 @@ def train(recipe: Recipe, restart: bool = False) -> dict:
         recipe.training.bf16, recipe.training.mixed_precision = False, "no"
         print("This processor is not made for bfloat16: training in float32.")
 
+    revision = environment.code_revision()  # of the code that runs: files may change meanwhile
     processor = build_processor(recipe.model)
     with recipe.training.main_process_first(desc="decoding"):
         splits = load_splits(recipe.data, recipe.model.image_size, processor.resample)
@@ -59,7 +60,7 @@ def train(recipe: Recipe, restart: bool = False) -> dict:
         recipe.checkpoint_folder.mkdir(parents=True, exist_ok=True)
         recipe.save(recipe.checkpoint_folder)
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    summary = _summary(trainer, recipe)
+    summary = _summary(trainer, recipe) | {"code_revision": revision}
     if main:
         _save(trainer.model, processor, recipe, summary)
     trainer.accelerator.wait_for_everyone()
@@ -241,7 +242,6 @@ def _summary(trainer: ImageTrainer, recipe: Recipe) -> dict:
         "precision": trainer.args.mixed_precision,
         "hardware": environment.hardware(),
         "versions": environment.versions(),
-        "code_revision": environment.code_revision(),
         "log": history,
     }
 
