@@ -30,7 +30,7 @@ def fit(logits: Tensor) -> float:
 
 def share(logits: Tensor, threshold: float) -> float:
     """How many of the images, logits (N, C), reach the threshold."""
-    return (scores(logits) >= threshold).float().mean().item()
+    return (scores(logits) >= threshold).double().mean().item()
 
 
 def other_pictures(image_size: int, resample: int) -> dict[str, datasets.Dataset]:
