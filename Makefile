@@ -3,12 +3,14 @@ PYTHON ?= python3#           the Python (3.11) that the environment is made from
 RECIPE ?= vit-base#          a name in pipeline/recipes, or a YAML file
 DATASET ?=#                  a Hub id, a local folder, or digits (default: the recipe's)
 MODEL ?=#                    a Hub id or a local folder (default: the recipe's; once trained: the last run)
-REPO ?=#                     name/model on the Hub, to push to; name/model@rev, to verify
+REPO ?=#                     name/model on the Hub, to push to; name/model@rev, to verify; name/space
+MODEL_REPO ?=#               space: the model it shows, name/model or name/model@rev
 TAG ?=#                      push: a tag, set once the download is verified
-DRY_RUN ?=#                  push: 1 sends nothing, and shows what would change
-PRIVATE ?=#                  push: 1 makes a new repository private
+DRY_RUN ?=#                  push, space: 1 sends nothing, and shows what would change
+PRIVATE ?=#                  push, space: 1 makes a new repository private
 PR ?=#                       push: 1 proposes it as a pull request
 FULL ?=#                     push, verify: 1 classifies all test images, not 1,000
+SHARE ?=#                    app: 1 makes a public link
 NPROC ?= 1#                  processes, started by accelerate
 ARGS ?=#                     anything else, as in ARGS="--learning_rate=2e-4 --seed=1"
 
@@ -53,6 +55,13 @@ push: setup ## publish MODEL as REPO: one commit, verified, then tagged
 verify: setup ## download REPO and measure whether it keeps what its card says
 	$(BIN)/python scripts/push_to_hub.py "$(REPO)" --verify_only $(CHECK)
 
+app: setup ## open the Space here, on MODEL
+	MODEL_ID="$(MODEL)" SHARE="$(SHARE)" $(BIN)/python space/app.py
+
+space: setup ## publish the Space as REPO, showing MODEL_REPO
+	$(BIN)/python scripts/deploy_space.py "$(REPO)" --model_repo "$(MODEL_REPO)" \
+		$(if $(DRY_RUN),--dry_run) $(if $(PRIVATE),--private)
+
 hub: setup ## a local Hub, to rehearse a publication; see ARGS=--help
 	$(BIN)/python scripts/local_hub.py $(ARGS)
 
@@ -63,6 +72,7 @@ demo: setup ## the whole way on scikit-learn's digits, in minutes, on any machin
 	rm -rf results/demo/hub
 	$(REHEARSE) scripts/push_to_hub.py me/demo --model models/demo --results results/demo --tag v1
 	$(REHEARSE) scripts/predict.py me/demo@v1
+	@echo "Its own page: make app MODEL=models/demo"
 
 test: .venv/.tests ## run the tests
 	$(BIN)/python -m pytest -q
@@ -74,4 +84,4 @@ lint: .venv/.tests ## check the code's form
 clean: ## remove .venv and caches; models and results stay
 	rm -rf .venv .pytest_cache .ruff_cache
 
-.PHONY: help setup train evaluate visualize push verify hub demo test lint clean
+.PHONY: help setup train evaluate visualize push verify app space hub demo test lint clean

@@ -116,7 +116,8 @@ def relevances(attentions: list[Tensor], gradients: tuple[Tensor, ...]) -> Tenso
     size = attentions[0].shape[-1]
     total = torch.eye(size, device=attentions[0].device).expand(len(attentions[0]), -1, -1)
     for attention, gradient in zip(attentions, gradients, strict=True):
-        total = total + (attention * gradient).clamp(min=0).mean(dim=1) @ total
+        # In float32, also for a model in bfloat16.
+        total = total + (attention * gradient.float()).clamp(min=0).mean(dim=1) @ total
     return total
 
 

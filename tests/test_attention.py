@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -121,6 +123,15 @@ def test_relevance_is_of_the_class_that_is_named(model_and_tokens, pixels):
     other = explain(model, pixels, (predicted.classes + 1) % 5)
     assert not torch.allclose(other.relevance, predicted.relevance)
     torch.testing.assert_close(other.rollout, predicted.rollout)
+
+
+def test_a_model_in_bfloat16_has_nearly_the_same_maps(model_and_tokens, pixels):
+    model, _ = model_and_tokens
+    exact = explain(model, pixels)
+    rounded = explain(copy.deepcopy(model).bfloat16(), pixels.bfloat16(), exact.classes)
+    for method in ("mean", "head", "rollout", "relevance"):
+        found, expected = rounded.select(method).float(), exact.select(method)
+        assert (found - expected).abs().max() < 0.05 * expected.max()
 
 
 def test_one_image_in_a_batch_has_the_maps_it_has_alone(model_and_tokens, pixels):
