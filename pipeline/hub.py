@@ -1,4 +1,4 @@
-"""Publish a folder of files as one commit on the Hub, and know that it is there.
+"""Publish files as one commit to a model or a Space on the Hub, and know that it is there.
 
 The client (`huggingface_hub`) retries uploads by itself, but neither the commit nor the small
 questions before and after it: those are tried again here. The Hub is the one of HF_ENDPOINT.
@@ -22,6 +22,7 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
     ModelInfo,
+    SpaceInfo,
     get_token,
 )
 from huggingface_hub.errors import (
@@ -82,8 +83,12 @@ def connect() -> HfApi:
 
 
 def check_access(
-    api: HfApi, repo: str, private: bool = False, propose: bool = False
-) -> ModelInfo | None:
+    api: HfApi,
+    repo: str,
+    private: bool = False,
+    propose: bool = False,
+    repo_type: str = "model",
+) -> ModelInfo | SpaceInfo | None:
     """The repository as it is, None if it is to be made; UserError where it can't be written.
 
     With `propose` it is enough that the repository is there: the change is a pull request.
@@ -91,7 +96,7 @@ def check_access(
     with in_words(api, repo):
         validate_repo_id(repo)
         if repo.count("/") != 1:
-            raise UserError(f'"{repo}" is no repository name: give it as REPO=name/model.')
+            raise UserError(f'"{repo}" is no repository name: give it as REPO=owner/name.')
         try:
             who = retry(api.whoami)
         except HfHubHTTPError as error:
@@ -104,7 +109,7 @@ def check_access(
         if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise UserError("The Hub token may only read: make one that may write.")
         try:
-            info = retry(api.model_info, repo)
+            info = retry(api.repo_info, repo, repo_type=repo_type)
         except RepositoryNotFoundError:
             info = None
         if propose and info is None:
@@ -114,7 +119,7 @@ def check_access(
             raise UserError(f'"{owner}" is not yours: the token writes to {", ".join(owned)}.')
         if info is not None and not propose:
             try:
-                retry(api.auth_check, repo, write=True)
+                retry(api.auth_check, repo, repo_type=repo_type, write=True)
             except HfHubHTTPError as error:
                 if error.response.status_code not in (401, 403):
                     raise
@@ -169,14 +174,19 @@ def holds_secret(file: Path, token: str) -> bool:
         return data.find(token.encode()) >= 0 or SECRETS.search(data) is not None
 
 
-def plan(api: HfApi, repo: str, staged: dict[str, Path], revision: str | None = None) -> Plan:
+def plan(
+    api: HfApi,
+    repo: str,
+    staged: dict[str, Path],
+    revision: str | None = None,
+    repo_type: str = "model",
+) -> Plan:
     """Compare the staged files with a revision; with None, all are new."""
     held = {}
     if revision:
         with in_words(api, repo):
-            listing = retry(
-                lambda: list(api.list_repo_tree(repo, recursive=True, revision=revision))
-            )
+            where = {"repo_type": repo_type, "revision": revision}
+            listing = retry(lambda: list(api.list_repo_tree(repo, recursive=True, **where)))
         held = {f.path: f for f in listing if hasattr(f, "blob_id") and f.path not in KEPT}
     common = staged.keys() & held.keys()
     return Plan(
@@ -187,15 +197,34 @@ def plan(api: HfApi, repo: str, staged: dict[str, Path], revision: str | None = 
     )
 
 
-def create(api: HfApi, repo: str, private: bool) -> str:
+def manifest(plan: Plan, staged: dict[str, Path]) -> str:
+    """Each file with its size and what happens to it."""
+    fate = {path: "add" for path in plan.added} | {path: "change" for path in plan.changed}
+    lines = [
+        f"  {fate.get(path, 'same'):7} {file.stat().st_size:>13,}  {path}"
+        for path, file in staged.items()
+    ]
+    return "\n".join(lines + [f"  {'remove':7} {'':13}  {path}" for path in plan.removed])
+
+
+def create(
+    api: HfApi, repo: str, private: bool, repo_type: str = "model", space_sdk: str | None = None
+) -> str:
     """Make the repository; returns its first commit."""
+    kind = {"repo_type": repo_type, "space_sdk": space_sdk}
     with in_words(api, repo):
-        retry(api.create_repo, repo, private=private, exist_ok=True)
-        return retry(api.model_info, repo).sha
+        retry(api.create_repo, repo, private=private, exist_ok=True, **kind)
+        return retry(api.repo_info, repo, repo_type=repo_type).sha
 
 
 def commit(
-    api: HfApi, repo: str, staged: dict[str, Path], plan: Plan, message: str, propose: bool = False
+    api: HfApi,
+    repo: str,
+    staged: dict[str, Path],
+    plan: Plan,
+    message: str,
+    propose: bool = False,
+    repo_type: str = "model",
 ) -> str:
     """Do what is planned in one commit, on top of `plan.head` or not at all; returns its hash.
 
@@ -216,11 +245,12 @@ def commit(
                         *(CommitOperationDelete(path) for path in plan.removed),
                     ],
                     commit_message=message,
+                    repo_type=repo_type,
                     parent_commit=plan.head,
                     create_pr=propose,
                 ).oid
             except (HfHubHTTPError, httpx2.TransportError, RuntimeError, ValueError) as error:
-                landed = _landed(api, repo, staged, plan, before if propose else None)
+                landed = _landed(api, repo, staged, plan, before if propose else None, repo_type)
                 if landed:
                     return landed
                 if pause is None or not _passes(error):
@@ -274,7 +304,7 @@ def in_words(api: HfApi, repo: str) -> Iterator[None]:
     try:
         yield
     except HFValidationError:
-        raise UserError(f'"{repo}" is no repository name: give it as REPO=name/model.') from None
+        raise UserError(f'"{repo}" is no repository name: give it as REPO=owner/name.') from None
     except RepositoryNotFoundError:
         raise UserError(f'There is no "{repo}" on {where}, or it is hidden from you.') from None
     except RevisionNotFoundError:
@@ -315,15 +345,17 @@ def _proposals(api: HfApi, repo: str) -> dict[str, str]:
     return {p.ref: p.target_commit for p in refs.pull_requests or []}
 
 
-def _landed(api, repo, staged, planned: Plan, before: dict[str, str] | None) -> str | None:
+def _landed(
+    api, repo, staged, planned: Plan, before: dict[str, str] | None, repo_type: str
+) -> str | None:
     """The commit that holds what is staged, if the try that seemed to fail made one."""
     if before is not None:
         new = [sha for ref, sha in _proposals(api, repo).items() if ref not in before]
         return next((sha for sha in new if not plan(api, repo, staged, sha)), None)
-    head = retry(api.model_info, repo).sha
+    head = retry(api.repo_info, repo, repo_type=repo_type).sha
     if head == planned.head:
         return None
-    if plan(api, repo, staged, head):
+    if plan(api, repo, staged, head, repo_type):
         raise UserError(f'Somebody else has committed to "{repo}" meanwhile: push again.')
     return head
 

@@ -58,7 +58,7 @@ def push(arguments: argparse.Namespace) -> None:
         existing = hub.tags(api, repo) if info else {}
         if arguments.tag in existing and (plan or existing[arguments.tag] != plan.head):
             raise UserError(f'"{repo}" has a tag {arguments.tag} already: choose another.')
-        print(manifest(plan, staged))
+        print(hub.manifest(plan, staged))
         if arguments.dry_run:
             written = arguments.results / "model_card.md"
             written.write_text(text)
@@ -138,16 +138,6 @@ def own_licence(results: dict) -> str | None:
 def message(results: dict) -> str:
     dataset = results["dataset"]
     return f"Publish the model: {results['accuracy']:.2%} on {dataset['split']}"
-
-
-def manifest(plan, staged: dict[str, Path]) -> str:
-    """Each file with its size and what happens to it."""
-    fate = {path: "add" for path in plan.added} | {path: "change" for path in plan.changed}
-    lines = [
-        f"  {fate.get(path, 'same'):7} {file.stat().st_size:>13,}  {path}"
-        for path, file in staged.items()
-    ]
-    return "\n".join(lines + [f"  {'remove':7} {'':13}  {path}" for path in plan.removed])
 
 
 if __name__ == "__main__":
