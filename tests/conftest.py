@@ -5,16 +5,20 @@ import io
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 # Before any library reads them: caches of the tests' own, no Hub.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 ROOT = Path(__file__).parents[1]
 
 import numpy as np
@@ -29,10 +33,11 @@ from transformers import (
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "space")]
 import local_hub
 
 SHARED = ROOT.parent / "shared"
+RESULTS = "evaluation_results.json"
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
 
 
@@ -228,3 +233,48 @@ def measured(measured_once, here) -> Path:
     """A copy of it in the folder worked in."""
     shutil.copytree(measured_once, here, dirs_exist_ok=True)
     return here
+
+
+@pytest.fixture(scope="session")
+def space(measured_once, tmp_path_factory):
+    """The address of a Space run as the Hub runs it: alone in a folder, its model from a Hub."""
+    from pipeline import hub
+    from pipeline import space as published
+
+    root = tmp_path_factory.mktemp("space")
+    model = root / "model"
+    shutil.copytree(measured_once / "models/tiny", model)
+    shutil.copyfile(measured_once / "results" / RESULTS, model / RESULTS)
+    server = local_hub.LocalHub(root / "hub", TOKENS)
+    repo = local_hub.Repo(server.root, "models", "me/digits")
+    repo.create({"private": False, "sdk": None, "variables": {}})
+    repo.add_folder(model)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+
+    shown = published.Model("me/digits", repo.revision("main"), False, [])
+    hub.stage(published.files(), published.readme(shown), root / "app", MINE)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "PYTHON"))}
+    variables |= local_hub.environment(server) | shown.variables
+    variables |= {"GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": str(root / "uploads")}
+    process = subprocess.Popen([sys.executable, "app.py"], cwd=root / "app", env=variables)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        await_page(url, process)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+        server.shutdown()
+        server.server_close()
+
+
+def await_page(url: str, process: subprocess.Popen) -> None:
+    while process.poll() is None:
+        try:
+            return urlopen(url).close()
+        except OSError:
+            time.sleep(0.1)
+    pytest.fail(f"The Space ended with {process.returncode} before it answered.")
