@@ -293,7 +293,7 @@ def test_a_verification_gets_through_a_passing_fault(mine, hub_server, here, fau
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "evaluation_results.json"])
 def test_corrupt_bytes_of_the_right_size_fail_before_the_tag(mine, hub_server, monkeypatch, name):
-    hub_server.faults.append(("GET", name, "corrupt"))
+    hub_server.faults.append(("GET", f"/{name}", "corrupt"))
     with pytest.raises(UserError, match=f"the download of {name} is corrupt"):
         push(monkeypatch, "--tag", "v1")
     assert not hub_server.faults

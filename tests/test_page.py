@@ -87,7 +87,7 @@ def test_a_bad_picture_is_answered_in_a_sentence_and_an_example_then_works(open_
 
 def test_methods_layers_heads_and_classes_redraw_the_map(open_page):
     page = open_page()
-    for method in ("Mean of a layer", "One head", "Relevance", "Rollout"):
+    for method in ("One head", "Relevance", "Rollout", "Mean of a layer"):
         before = shown(page)
         page.get_by_label(method).check()
         changes(page, before)
