@@ -8,6 +8,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -179,33 +180,51 @@ def open_picture(path: str | Path) -> Image.Image:
 def pull(name: str, revision: str | None = None) -> tuple[Path, str | None]:
     """The folder of a model, and its commit where it is one of the Hub's.
 
-    With no way to the Hub a cached copy does. Refusal where there is none, or no such model.
+    A commit that is kept here is not asked for again; with no way to the Hub the copy kept last
+    does. Refusal where there is none, or no such model.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         commit = None
     else:
-        where = f"the Hub at {constants.ENDPOINT}"
-        try:
-            folder = Path(
-                snapshot_download(name, revision=revision, allow_patterns=[*FILES, RESULTS])
-            )
-        except (RevisionNotFoundError, RepositoryNotFoundError, HFValidationError) as error:
-            if isinstance(error, RevisionNotFoundError):
-                what = f'The model "{name}" has no revision "{revision}" on {where}.'
-            else:
-                what = f'There is no model "{name}" on {where}, or it is private and needs a token.'
-            raise Refusal(what) from None
-        except (LocalEntryNotFoundError, HfHubHTTPError, httpx2.TransportError, OSError):
-            raise Refusal(
-                f'The model "{name}" can\'t be fetched from {where}, and no copy of it is kept '
-                "here. Try again later."
-            ) from None
+        folder = _kept(name, revision) or _download(name, revision)
         commit = folder.name  # the cache keeps each commit in a folder of that name
-    missing = [file for file in FILES if not (folder / file).is_file()]
+    missing = _missing(folder)
     if missing:
         raise Refusal(f'The model "{name}" is not whole: it has no {", ".join(missing)}.')
     return folder, commit
+
+
+def _missing(folder: Path) -> list[str]:
+    return [file for file in FILES if not (folder / file).is_file()]
+
+
+def _kept(name: str, revision: str | None) -> Path | None:
+    """The folder of a whole commit in the cache."""
+    if not re.fullmatch("[0-9a-f]{40}", revision or ""):
+        return None
+    try:
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return None if _missing(folder) else folder
+
+
+def _download(name: str, revision: str | None) -> Path:
+    where = f"the Hub at {constants.ENDPOINT}"
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*FILES, RESULTS]))
+    except (RevisionNotFoundError, RepositoryNotFoundError, HFValidationError) as error:
+        if isinstance(error, RevisionNotFoundError):
+            what = f'The model "{name}" has no revision "{revision}" on {where}.'
+        else:
+            what = f'There is no model "{name}" on {where}, or it is private and needs a token.'
+        raise Refusal(what) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, httpx2.TransportError, OSError):
+        raise Refusal(
+            f'The model "{name}" can\'t be fetched from {where}, and no copy of it is kept '
+            "here. Try again later."
+        ) from None
 
 
 def read_results(folder: Path, local: bool) -> dict | None:
