@@ -22,6 +22,7 @@ from torch import Tensor
 
 METHODS = ("mean", "head", "rollout", "relevance")
 COLORS = colormaps["viridis_r"]  # even steps, dark is much; reads in greyscale and colour-blind
+LARGEST = 1024  # pixels of an overlay's longer side
 
 
 @dataclass
@@ -124,9 +125,9 @@ def relevances(attentions: list[Tensor], gradients: tuple[Tensor, ...]) -> Tenso
 def overlay(image: Image.Image, values: np.ndarray, size: int = 224) -> Image.Image:
     """A map (h, w) laid over the image in grey, darker where it is higher: an RGB image.
 
-    The map is resized smoothly; an image smaller than `size` is enlarged to it.
+    The map is resized smoothly to the image, and that as `fitted` does.
     """
-    image = enlarged(image, size).convert("L")
+    image = fitted(image, size).convert("L")
     smooth = Image.fromarray(normalized(values).astype(np.float32)).resize(
         image.size, Image.Resampling.BICUBIC
     )
@@ -136,10 +137,11 @@ def overlay(image: Image.Image, values: np.ndarray, size: int = 224) -> Image.Im
     return Image.fromarray((255 * colors * light).round().astype(np.uint8))
 
 
-def enlarged(image: Image.Image, size: int = 224) -> Image.Image:
-    """In RGB, and its shorter side at least `size` pixels."""
-    scale = max(1.0, size / min(image.size))
-    sides = [round(side * scale) for side in image.size]
+def fitted(image: Image.Image, size: int = 224) -> Image.Image:
+    """In RGB, its longer side at least `size` pixels, to be read, and at most LARGEST."""
+    longer = max(image.size)
+    scale = min(max(longer, size), LARGEST) / longer
+    sides = [max(1, round(side * scale)) for side in image.size]
     return image.convert("RGB").resize(sides, Image.Resampling.BICUBIC)
 
 

@@ -154,7 +154,7 @@ def _panels(
     def laid(caption: str, values: torch.Tensor) -> tuple[str, Image.Image]:
         return caption, attention.overlay(image, values.cpu().numpy())
 
-    plain = ("", attention.enlarged(image))
+    plain = ("", attention.fitted(image))
     number = range(maps.heads.shape[1])[layer]  # -1 as the last
     about = labels[int(maps.classes[i])]
     return {

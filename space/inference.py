@@ -46,7 +46,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 50_000_000  # decoded, these take 150 MB
 MIN_SIDE = 8
-MAX_RATIO = 8  # a long strip would be enlarged without end
 SHOWN = 448  # the longer side of the picture that is drawn on
 
 AGREES = 0.02  # how far bfloat16 may move a probability
@@ -309,19 +308,13 @@ def _timed(model, batches: list[Tensor], rounds: int = 3) -> tuple[Tensor, float
 
 
 def _check_size(width: int, height: int) -> None:
-    short, long = sorted((width, height))
     if width * height > MAX_PIXELS:
         raise Refusal(
             f"The picture has {width * height / 1e6:.0f} million pixels; at most "
             f"{MAX_PIXELS // 10**6} million are taken."
         )
-    if short < MIN_SIDE:
+    if min(width, height) < MIN_SIDE:
         raise Refusal(f"The picture is {width} x {height} pixels: it needs {MIN_SIDE} a side.")
-    if long > MAX_RATIO * short:
-        raise Refusal(
-            f"The picture is {width} x {height} pixels: it may be {MAX_RATIO} times as long as "
-            "wide at most."
-        )
 
 
 def _sha256(file: Path) -> str:

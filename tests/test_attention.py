@@ -20,7 +20,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from pipeline.attention import COLORS, explain, normalized, overlay, relevances, rollout
+from pipeline.attention import COLORS, LARGEST, explain, normalized, overlay, relevances, rollout
 
 KINDS = {
     "vit": (ViTConfig, ViTForImageClassification, 1),
@@ -185,6 +185,7 @@ def test_an_overlay_is_darkest_where_attention_is_highest():
     assert np.unravel_index(grey.argmin(), grey.shape)[0] > 168
     assert np.unravel_index(grey.argmin(), grey.shape)[1] < 56
     assert overlay(draw_image(0, (600, 300)), values).size == (600, 300)
+    assert overlay(draw_image(0, (1, 5000)), values).size == (1, LARGEST)
 
 
 def test_the_colours_darken_evenly_also_in_greyscale():
