@@ -37,12 +37,17 @@ def main() -> None:
 def report(summary: dict) -> None:
     if not summary["new"]:
         print(f"The run {summary['run']} is finished; ARGS=--restart trains it anew.")
+    validated = "Not validated: the recipe asked for none.\n"
+    if summary["validation_accuracy"] is not None:
+        validated = (
+            f"Best validation accuracy {summary['validation_accuracy']:.2%} "
+            f"({summary['validation_images']:,} images), at step {summary['best_step']}.\n"
+        )
     print(
         f"\nTrained {summary['epochs']:.3g} epochs over {summary['training_images']:,} images "
         f"in {summary['wall_s'] / 60:.1f} minutes on {summary['hardware']}, "
         f"{'bfloat16' if summary['precision'] == 'bf16' else 'float32'}.\n"
-        f"Best validation accuracy {summary['validation_accuracy']:.2%} "
-        f"({summary['validation_images']:,} images), at step {summary['best_step']}.\n"
+        f"{validated}"
         f"Model:       {summary['model_folder']}\n"
         f"Next:        make evaluate MODEL={summary['model_folder']}"
     )

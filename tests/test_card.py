@@ -37,6 +37,18 @@ def test_the_metadata_names_where_it_comes_from_and_what_it_scored(results):
     assert (accuracy.dataset_split, accuracy.dataset_revision) == ("test", "ab" * 20)
 
 
+def test_a_run_without_validation_claims_none(results):
+    results["training"] = {
+        "epochs": 1.0, "training_images": 900, "wall_s": 60, "hardware": "2 cores",
+        "precision": "no", "validation_accuracy": 0.5, "validation_images": 100, "best_step": 7,
+    }  # fmt: skip
+    assert "\n| Validation accuracy | 50.00 % of 100 images" in render(results)
+    results["training"] |= {"validation_accuracy": None, "best_step": None}
+    card = render(results)
+    assert "Validation accuracy" not in card
+    assert "float32 |\n| " in card  # the table goes on
+
+
 def test_the_numbers_are_those_of_the_results(results):
     text = render(results)
     assert card.differences(text, results) == []

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import train_vit
 from conftest import ROOT
 from safetensors.torch import load_file
 from transformers import Trainer
@@ -49,6 +50,13 @@ def test_a_run_learns_and_leaves_a_model_that_pipeline_loads(tiny_recipe):
 
     answer = classify(Image.new("RGB", (32, 32)), top_k=10)
     assert {a["label"] for a in answer} == {str(n) for n in range(10)}
+
+
+def test_a_run_without_validation_ends_too(tiny_recipe, capsys):
+    options = ["--max_steps=2", "--eval_strategy=no", "--save_strategy=no"]
+    recipe = load_recipe(tiny_recipe, [*options, "--load_best_model_at_end=false"], "run")
+    train_vit.report(train(recipe))
+    assert "Not validated" in capsys.readouterr().out
 
 
 def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tiny_recipe, here):
