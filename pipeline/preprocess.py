@@ -22,6 +22,7 @@ FILTERS = {
     Resampling.LANCZOS: (3.0, lambda x: torch.sinc(x) * torch.sinc(x / 3) * (x.abs() < 3)),
 }
 PRECISION_BITS = 22  # Pillow's fixed-point weights for 8-bit images
+CHUNK = 8  # images
 
 
 def preprocess(images: Tensor, processor) -> Tensor:
@@ -29,8 +30,14 @@ def preprocess(images: Tensor, processor) -> Tensor:
 
     uint8 (B, 3, H, W) to float32 (B, 3, S, S).
     """
-    images = resize(images, processor.size["height"], processor.resample)
-    return normalize(images, processor.rescale_factor, processor.image_mean, processor.image_std)
+    size, how = processor.size["height"], (processor.image_mean, processor.image_std)
+    pixels = torch.empty(len(images), 3, size, size, device=images.device)
+    # On a CPU a few images at a time, which stay in its cache between the steps.
+    step = CHUNK if images.device.type == "cpu" else max(len(images), 1)
+    for part, target in zip(images.split(step), pixels.split(step), strict=True):
+        target.copy_(resize(part, size, processor.resample))
+        normalize_(target, processor.rescale_factor, *how)
+    return pixels
 
 
 def augment(images: Tensor, flip: bool, crop_padding: float, generator: torch.Generator) -> Tensor:
@@ -105,10 +112,10 @@ def resize_weights(size: int, new_size: int, resample: int) -> Tensor:
     return (fixed + 0.5 * fixed.sign()).trunc() / 2**PRECISION_BITS
 
 
-def normalize(images: Tensor, factor: float, mean: list[float], std: list[float]) -> Tensor:
-    """uint8 (B, 3, S, S) to float32 (B, 3, S, S): times `factor`, less `mean`, over `std`."""
+def normalize_(images: Tensor, factor: float, mean: list[float], std: list[float]) -> Tensor:
+    """Pixel values (B, 3, S, S), in place: times `factor`, less `mean`, over `std`."""
     mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (mean, std))
-    return (images.float() * factor - mean) / std
+    return images.mul_(factor).sub_(mean).div_(std)
 
 
 def mix(
@@ -165,4 +172,5 @@ def _reflect(index: Tensor, size: int) -> Tensor:
 
 
 def _round_to_uint8(values: Tensor) -> Tensor:
-    return (values + 0.5).floor().clamp(0, 255).to(torch.uint8)
+    # In place, for the values are large; what is not negative, the conversion rounds down.
+    return values.add_(0.5).clamp_(0, 255).to(torch.uint8)
