@@ -80,17 +80,19 @@ def resize(images: Tensor, size: int, resample: int) -> Tensor:
     dtype = torch.float32 if images.device.type == "mps" else torch.float64
     height, width = images.shape[-2:]
     if width != size:
-        weights = resize_weights(width, size, resample).to(images.device, dtype)  # (S, W)
+        weights = resize_weights(width, size, resample, images.device, dtype)  # (S, W)
         images = _round_to_uint8(images.to(dtype) @ weights.T)  # (B, 3, H, S)
     if height != size:
-        weights = resize_weights(height, size, resample).to(images.device, dtype)  # (S, H)
+        weights = resize_weights(height, size, resample, images.device, dtype)  # (S, H)
         images = _round_to_uint8(weights @ images.to(dtype))  # (B, 3, S, S)
     return images
 
 
-@lru_cache(maxsize=16)
-def resize_weights(size: int, new_size: int, resample: int) -> Tensor:
-    """The weights of each source pixel in each target pixel: float64 (new_size, size).
+@lru_cache(maxsize=16)  # a copy to the device would wait for all that it has to do
+def resize_weights(
+    size: int, new_size: int, resample: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """The weights of each source pixel in each target pixel: (new_size, size) on the device.
 
     Pillow's `precompute_coeffs`: the filter is widened when shrinking (antialiasing), cut
     at the border, normalised, and rounded to `PRECISION_BITS`. ValueError for a filter
@@ -109,13 +111,19 @@ def resize_weights(size: int, new_size: int, resample: int) -> Tensor:
     weights = torch.where((source >= first) & (source < last), weights, 0.0)
     weights = weights / weights.sum(dim=1, keepdim=True)
     fixed = weights * 2**PRECISION_BITS
-    return (fixed + 0.5 * fixed.sign()).trunc() / 2**PRECISION_BITS
+    rounded = (fixed + 0.5 * fixed.sign()).trunc() / 2**PRECISION_BITS
+    return rounded.to(device, dtype)
 
 
 def normalize_(images: Tensor, factor: float, mean: list[float], std: list[float]) -> Tensor:
     """Pixel values (B, 3, S, S), in place: times `factor`, less `mean`, over `std`."""
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (mean, std))
+    mean, std = (_by_channel(tuple(values), images.device) for values in (mean, std))
     return images.mul_(factor).sub_(mean).div_(std)
+
+
+@lru_cache(maxsize=16)
+def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)[:, None, None]  # (3, 1, 1)
 
 
 def mix(

@@ -157,6 +157,8 @@ def load_recipe(name: str, overrides: list[str] = (), run: str | None = None) ->
     run = run or re.sub("@.*", "", name.split("/")[-1]).removesuffix(path.suffix)
     arguments.append(f"--output_dir={MODELS / 'checkpoints' / run}")
     arguments.append("--remove_unused_columns=false")  # ours are not the model's
+    # The filter waits for the device at every step, and logs a diverged loss as a sound one.
+    arguments.append("--logging_nan_inf_filter=false")
     if not torch.accelerator.is_available():
         arguments.append("--use_cpu=true")  # else TrainingArguments refuses bf16
     parser = _Parser((*OWN, TrainingArguments), allow_abbrev=False)
@@ -198,6 +200,7 @@ def _check_keys(settings: dict) -> None:
     known = (_own_keys() | {f.name for f in fields(TrainingArguments)}) - {
         "output_dir",
         "remove_unused_columns",
+        "logging_nan_inf_filter",
     }
     for key in settings:
         if key not in known:

@@ -49,12 +49,7 @@ def train(recipe: Recipe, restart: bool = False) -> dict:
         print("This processor is not made for bfloat16: training in float32.")
 
     revision = environment.code_revision()  # of the code that runs: files may change meanwhile
-    processor = build_processor(recipe.model)
-    with recipe.training.main_process_first(desc="decoding"):
-        splits = load_splits(recipe.data, recipe.model.image_size, processor.resample)
-    set_seed(recipe.training.seed)  # the head's first weights
-    model = build(recipe.model, splits["train"].features["label"].names)
-    trainer = ImageTrainer(recipe, model, processor, splits["train"], splits["validation"])
+    trainer = prepare(recipe)
     checkpoint = last_checkpoint(recipe.checkpoint_folder)
     if main:
         recipe.checkpoint_folder.mkdir(parents=True, exist_ok=True)
@@ -62,9 +57,19 @@ def train(recipe: Recipe, restart: bool = False) -> dict:
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     summary = _summary(trainer, recipe) | {"code_revision": revision}
     if main:
-        _save(trainer.model, processor, recipe, summary)
+        _save(trainer.model, trainer.processing_class, recipe, summary)
     trainer.accelerator.wait_for_everyone()
     return summary | {"new": True}
+
+
+def prepare(recipe: Recipe) -> "ImageTrainer":
+    """The recipe's data decoded, its model built, ready to train. UserError as `train`."""
+    processor = build_processor(recipe.model)
+    with recipe.training.main_process_first(desc="decoding"):
+        splits = load_splits(recipe.data, recipe.model.image_size, processor.resample)
+    set_seed(recipe.training.seed)  # the head's first weights
+    model = build(recipe.model, splits["train"].features["label"].names)
+    return ImageTrainer(recipe, model, processor, splits["train"], splits["validation"])
 
 
 class ImageTrainer(Trainer):
