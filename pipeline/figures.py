@@ -1,5 +1,6 @@
 """Every figure, drawn from plain values and written as PNG."""
 
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -9,6 +10,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from PIL.Image import Image
 
 # Told apart by colour-blind readers (Okabe and Ito).
@@ -126,6 +129,33 @@ def faithfulness_curves(curves: dict[str, dict[str, list[float]]], path: Path) -
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("probability of the predicted class")
     axes[1].legend(frameon=False)
+    _save(figure, path)
+
+
+def benchmark(pairs: list[dict], path: Path) -> None:
+    """How many times better ours is than the other side, plain and tuned, and the target."""
+    shown = [pair for pair in pairs if pair["times"]][::-1]  # from the bottom up
+    figure, axes = plt.subplots(figsize=(9, 0.75 * len(shown) + 1.2))
+    for row, pair in enumerate(shown):
+        for side, lift, color in (("times", 0.17, BLUE), ("times_tuned", -0.17, ORANGE)):
+            if pair[side]:
+                axes.barh(row + lift, pair[side] - 1, 0.32, left=1, color=color)
+                axes.annotate(
+                    f"{pair[side]:.3g}x", (max(pair[side], 1), row + lift), va="center",
+                    xytext=(4, 0), textcoords="offset points", fontsize="small",
+                )  # fmt: skip
+        if pair["target"]:
+            axes.plot([pair["target"]] * 2, [row - 0.4, row + 0.4], ":", color="black")
+    axes.axvline(1, color="black", linewidth=1)
+    names = [textwrap.fill(pair["what"].partition(":")[0], 34) for pair in shown]
+    axes.set_yticks(range(len(shown)), names, fontsize="small")
+    axes.set_xscale("log")
+    axes.set_xlim(right=2 * max(2, *(pair["times"] for pair in shown)))
+    axes.xaxis.set_major_formatter("{x:g}x")
+    axes.set(title="Ours over the example script, by the median")
+    marks = [Patch(color=BLUE, label="as it comes"), Patch(color=ORANGE, label="tuned")]
+    marks.append(Line2D([], [], linestyle=":", color="black", label="target"))
+    axes.legend(handles=marks, frameon=False, loc="lower right")
     _save(figure, path)
 
 

@@ -44,9 +44,6 @@ def train(recipe: Recipe, restart: bool = False) -> dict:
     _check_same_recipe(recipe)
     if (recipe.model_folder / "training.json").exists():
         return json.loads((recipe.model_folder / "training.json").read_text()) | {"new": False}
-    if recipe.training.bf16 and not environment.fast_bfloat16():
-        recipe.training.bf16, recipe.training.mixed_precision = False, "no"
-        print("This processor is not made for bfloat16: training in float32.")
 
     revision = environment.code_revision()  # of the code that runs: files may change meanwhile
     trainer = prepare(recipe)
@@ -64,6 +61,9 @@ def train(recipe: Recipe, restart: bool = False) -> dict:
 
 def prepare(recipe: Recipe) -> "ImageTrainer":
     """The recipe's data decoded, its model built, ready to train. UserError as `train`."""
+    if recipe.training.bf16 and not environment.fast_bfloat16():
+        recipe.training.bf16, recipe.training.mixed_precision = False, "no"
+        print("This processor is not made for bfloat16: training in float32.")
     processor = build_processor(recipe.model)
     with recipe.training.main_process_first(desc="decoding"):
         splits = load_splits(recipe.data, recipe.model.image_size, processor.resample)

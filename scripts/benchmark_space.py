@@ -66,13 +66,8 @@ def one_by_one(model: str, rounds: int) -> dict:
     opening = time.perf_counter() - started
     classify = pipeline("image-classification", model=model)
     images = [inference.open_picture(path) for path in inference.EXAMPLES]
-    ours, plain, relevance = [], [], []
-    for i in range(rounds + 3):
-        image = images[i % len(images)]
-        for call, times in ((classifier.answer, ours), (classify, plain)):
-            started = time.perf_counter()
-            call(image)
-            times.append(1000 * (time.perf_counter() - started))
+    ours, plain = in_turn(classifier.answer, classify, images, rounds)
+    relevance = []
     for image in images[:5]:
         answer = classifier.answer(image)
         started = time.perf_counter()
@@ -82,10 +77,21 @@ def one_by_one(model: str, rounds: int) -> dict:
         "hardware": environment.hardware(),
         "precision": classifier.precision,
         "open_s": round(opening, 2),
-        "classify_and_explain_ms": spread(ours[3:]),
-        "plain_pipeline_ms": spread(plain[3:]),
+        "classify_and_explain_ms": spread(ours),
+        "plain_pipeline_ms": spread(plain),
         "relevance_ms": spread(relevance),
     }
+
+
+def in_turn(ours, plain, images: list, rounds: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of `rounds` calls of each on one image, in turn, after three uncounted ones."""
+    times = ([], [])
+    for i in range(rounds + 3):
+        for call, found in zip((ours, plain), times, strict=True):
+            started = time.perf_counter()
+            call(images[i % len(images)])
+            found.append(1000 * (time.perf_counter() - started))
+    return times[0][3:], times[1][3:]
 
 
 @contextmanager
