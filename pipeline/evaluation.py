@@ -30,15 +30,25 @@ from pipeline.revision import hub_commit, is_local
 FILES = ("model.safetensors", "config.json", "preprocessor_config.json")
 
 
-def evaluate(name: str, data: DataArguments, split: str = "test", batch_size: int = 128) -> dict:
+def evaluate(
+    name: str,
+    data: DataArguments,
+    split: str = "test",
+    batch_size: int = 128,
+    bf16: bool = False,
+) -> dict:
     """Score a model, a folder or `id@revision` on the Hub, on one split, in float32.
 
+    `bf16` scores it in bfloat16 where that is fast: for a quick look, not to be published.
     Returns the results as plain values for JSON: the metrics of `ImageClassification`, and
     what they were computed from. `predictions` and `confidences` hold each image's, in
     order, `familiarity` what `measure_familiarity` found, and `recipe` the settings the model
     was trained by, its seed among them, where they are known. UserError for a model or dataset
     that can't be had, or whose classes differ.
     """
+    if bf16 and not environment.fast_bfloat16():
+        bf16 = False
+        print("This processor is not made for bfloat16: scoring in float32.")
     recipe = recipe_of(name)
     name, revision = split_revision(name)
     model, processor = load(name, revision)
@@ -52,9 +62,9 @@ def evaluate(name: str, data: DataArguments, split: str = "test", batch_size: in
             f"has {_some(labels)}."
         )
     started = time.monotonic()
-    logits, truth = predict(model, processor, dataset, batch_size, split)
+    logits, truth = predict(model, processor, dataset, batch_size, split, bf16)
     wall = time.monotonic() - started
-    familiar = measure_familiarity(model, processor, data, logits, split, batch_size)
+    familiar = measure_familiarity(model, processor, data, logits, split, batch_size, bf16)
     metric = ImageClassification(keep_in_memory=True)
     scores = metric.compute(predictions=logits.numpy(), references=truth.numpy())
     return {
@@ -79,6 +89,7 @@ def evaluate(name: str, data: DataArguments, split: str = "test", batch_size: in
         "confidences": [round(p, 4) for p in logits.softmax(dim=1).amax(dim=1).tolist()],
         "familiarity": familiar,
         "recipe": recipe,
+        "precision": "bfloat16" if bf16 else "float32",
         "wall_s": round(wall, 1),
         "hardware": environment.hardware(),
         "versions": environment.versions(),
@@ -87,7 +98,12 @@ def evaluate(name: str, data: DataArguments, split: str = "test", batch_size: in
 
 
 def predict(
-    model, processor, dataset, batch_size: int = 128, what: str = "images"
+    model,
+    processor,
+    dataset,
+    batch_size: int = 128,
+    what: str = "images",
+    bf16: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits float32 (N, C) and labels (N,), in the dataset's order, from all processes."""
     accelerator = Accelerator()
@@ -95,7 +111,8 @@ def predict(
     # Not the model: it is not trained, so each process keeps a copy of its own.
     model, loader = model.to(accelerator.device).eval(), accelerator.prepare(loader)
     logits, labels = [], []
-    with torch.inference_mode():
+    rounded = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16)
+    with torch.inference_mode(), rounded:
         for batch in tqdm(loader, f"Scoring {what}", disable=not accelerator.is_main_process):
             output = model(preprocess(batch["pixel_values"], processor)).logits.float()
             output, truth = accelerator.gather_for_metrics((output, batch["labels"]))
@@ -105,15 +122,16 @@ def predict(
 
 
 def measure_familiarity(
-    model, processor, data: DataArguments, logits: torch.Tensor, split: str, batch_size: int
-) -> dict:
+    model, processor, data: DataArguments, logits: torch.Tensor, split: str, batch_size: int,
+    bf16: bool = False,
+) -> dict:  # fmt: skip
     """The threshold fitted on validation, and the share of images that reach it: of validation,
     of the split with these logits (N, C), and of pictures of other things. See `familiarity`.
     """
     size, resample = processor.size["height"], processor.resample
 
     def scored(dataset, what: str) -> torch.Tensor:
-        return predict(model, processor, dataset, batch_size, what)[0]
+        return predict(model, processor, dataset, batch_size, what, bf16)[0]
 
     splits = load_splits(data, size, resample, only="validation")
     validation = scored(splits["validation"], "validation")
@@ -155,7 +173,7 @@ def as_text(results: dict) -> str:
         f"Dataset        {dataset['name']}, split {dataset['split']}, {dataset['images']:,} images",
         f"Familiar       {familiar[dataset['split']]:.1%} of these images pass as like those it "
         "was trained on; of " + ", of ".join(f"{n} {s:.1%}" for n, s in familiar["others"].items()),
-        f"Scored in      {results['wall_s']} s on {results['hardware']}",
+        f"Scored in      {results['wall_s']} s on {results['hardware']}, {results['precision']}",
         "",
         f"{'class':{width}}  precision  recall      f1  images",
     ]

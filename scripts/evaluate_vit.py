@@ -14,6 +14,7 @@ def main() -> None:
     parser.add_argument("--model", help="a folder, or a Hub id as name@rev (default: the last run)")
     parser.add_argument("--dataset", help="default: the one it was trained on")
     parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--bf16", action="store_true", help="quicker and rounded: a first look")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder to write to")
     arguments = parser.parse_args()
 
@@ -24,7 +25,7 @@ def main() -> None:
 
     model = arguments.model or evaluation.last_run()
     data = evaluation.data_of(model, arguments.dataset)
-    results = evaluation.evaluate(model, data, batch_size=arguments.batch_size)
+    results = evaluation.evaluate(model, data, batch_size=arguments.batch_size, bf16=arguments.bf16)
     if not PartialState().is_main_process:
         return
     training = Path(model).expanduser() / "training.json"

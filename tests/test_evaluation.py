@@ -65,6 +65,17 @@ def test_another_split_and_batch_size_give_their_own_numbers(model):
     assert evaluation.evaluate(model, DIGITS, batch_size=7)["accuracy"] == whole["accuracy"]
 
 
+def test_a_first_look_says_so_and_is_close(model, monkeypatch):
+    whole = evaluation.evaluate(model, DIGITS)
+    monkeypatch.setattr("pipeline.environment.fast_bfloat16", lambda: True)
+    rounded = evaluation.evaluate(model, DIGITS, bf16=True)
+    assert (whole["precision"], rounded["precision"]) == ("float32", "bfloat16")
+    assert rounded["nll"] != whole["nll"]
+    assert rounded["nll"] == pytest.approx(whole["nll"], abs=0.02)
+    assert rounded["accuracy"] == pytest.approx(whole["accuracy"], abs=0.02)
+    assert "bfloat16" in evaluation.as_text(rounded)
+
+
 def test_a_dataset_of_other_classes_is_refused(model, image_folder):
     with pytest.raises(UserError, match=r"10 classes \(0, 1, 2, …\).*2 classes \(cat, dog\)"):
         evaluation.evaluate(model, DataArguments(dataset=str(image_folder)))
