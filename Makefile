@@ -11,6 +11,8 @@ PRIVATE ?=#                  push, space: 1 makes a new repository private
 PR ?=#                       push: 1 proposes it as a pull request
 FULL ?=#                     push, verify: 1 classifies all test images, not 1,000
 SHARE ?=#                    app: 1 makes a public link
+QUICK ?=#                    bench: 1 measures all of it small, in 3 minutes
+ROWS ?=#                     bench: some rows only, as in ROWS="train-base memory"
 NPROC ?= 1#                  processes, started by accelerate
 ARGS ?=#                     anything else, as in ARGS="--learning_rate=2e-4 --seed=1"
 
@@ -65,6 +67,9 @@ space: setup ## publish the Space as REPO, showing MODEL_REPO
 hub: setup ## a local Hub, to rehearse a publication; see ARGS=--help
 	$(BIN)/python scripts/local_hub.py $(ARGS)
 
+bench: setup ## measure it side by side with the example script people copy
+	$(BIN)/python scripts/benchmark.py $(if $(QUICK),--quick) $(if $(ROWS),--rows $(ROWS)) $(SELECT)
+
 demo: setup ## the whole way on scikit-learn's digits, in minutes, on any machine
 	$(BIN)/python scripts/train_vit.py --recipe demo $(ARGS)
 	$(BIN)/python scripts/evaluate_vit.py --model models/demo --results results/demo
@@ -84,4 +89,4 @@ lint: .venv/.tests ## check the code's form
 clean: ## remove .venv and caches; models and results stay
 	rm -rf .venv .pytest_cache .ruff_cache
 
-.PHONY: help setup train evaluate visualize push verify app space hub demo test lint clean
+.PHONY: help setup train evaluate visualize push verify app space hub bench demo test lint clean

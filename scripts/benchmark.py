@@ -74,7 +74,7 @@ def main() -> None:
             backbone=arguments.model and _absolute(arguments.model, here),
             folder=Path(folder),
             quick=arguments.quick,
-            seconds=10 if arguments.quick else 60 * arguments.minutes,
+            seconds=6 if arguments.quick else 60 * arguments.minutes,
             recipe=arguments.recipe,
         )
         about = {

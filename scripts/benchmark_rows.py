@@ -42,6 +42,8 @@ from pipeline.training import prepare, train
 ROOT = Path(__file__).parents[1]
 EPOCHS = 8  # of the headline recipe
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for the mean of so many runs
+STEPS = [f"--{key}_strategy=steps" for key in ("eval", "save")]
+SHORT = ["--image_size=32", "--max_steps=2", "--eval_steps=2", "--save_steps=2", *STEPS]
 UNTIMED = [f"--{key}=no" for key in ("eval_strategy", "save_strategy", "logging_strategy")]
 UNTIMED += ["--load_best_model_at_end=false", "--disable_tqdm=true"]
 
@@ -177,7 +179,7 @@ def training_base(setting: Setting) -> list[Pair]:
     if torch.accelerator.is_available():
         batch, warm, steps = 128, 20, 60
     else:
-        batch, warm, steps = (8, 1, 1) if setting.quick else (16, 1, 4)
+        batch, warm, steps = (4, 1, 1) if setting.quick else (16, 1, 4)
     options = ["--torch_compile=true"] if torch.accelerator.is_available() else []
     where = environment.hardware()
     return _training(
@@ -353,9 +355,7 @@ def whole_recipe(setting: Setting) -> list[Pair]:
     """Minutes of `train` by the headline recipe, from decoding to the saved model."""
     options = [f"--dataset={setting.dataset}", "--disable_tqdm=true"]
     if setting.quick:
-        options += [f"--model={setting.small_vit()}", "--image_size=32", "--max_steps=2"]
-        options += ["--eval_strategy=steps", "--eval_steps=2"]
-        options += ["--save_strategy=steps", "--save_steps=2"]
+        options += [f"--model={setting.small_vit()}", *SHORT]
     else:
         options += [f"--model={setting.vit_base()}"]
         options += [f"--torch_compile={torch.accelerator.is_available()}"]
@@ -375,7 +375,7 @@ def fine_tune(setting: Setting) -> list[Pair]:
         if setting.backbone:
             options += [f"--model={setting.backbone}"]
         if setting.quick:
-            options += [f"--model={setting.small_vit()}", "--image_size=32", "--num_train_epochs=1"]
+            options += [f"--model={setting.small_vit()}", *SHORT]
         recipe = load_recipe(setting.recipe, options, f"{Path(setting.recipe).stem}-{seed}")
         summary = train(recipe)
         accuracies.append(100 * evaluate(summary["model_folder"], recipe.data)["accuracy"])
