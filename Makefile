@@ -13,7 +13,10 @@ FULL ?=#                     push, verify: 1 classifies all test images, not 1,0
 SHARE ?=#                    app: 1 makes a public link
 QUICK ?=#                    bench: 1 measures all of it small, in 3 minutes
 ROWS ?=#                     bench: some rows only, as in ROWS="train-base memory"
-NPROC ?= 1#                  processes, started by accelerate
+NPROC ?= 1#                  processes on each host, started by accelerate
+LAUNCHER ?=#                 ddp, hosts, fsdp2 or deepspeed (default: ddp; hosts where NNODES says so)
+NNODES ?= 1#                 hosts: the same command on each, in any order
+MAIN ?=#                     NNODES: host:port of the first, where all meet
 ARGS ?=#                     anything else, as in ARGS="--learning_rate=2e-4 --seed=1"
 
 BIN := .venv/bin
@@ -22,9 +25,8 @@ PUSH = $(if $(MODEL),--model $(MODEL)) $(if $(TAG),--tag $(TAG)) $(if $(DRY_RUN)
 REHEARSE = $(BIN)/python scripts/local_hub.py --root results/demo/hub --run $(BIN)/python
 CHECK = $(if $(FULL),--full) $(if $(DATASET),--dataset $(DATASET)) $(ARGS)
 SELECT = $(if $(DATASET),--dataset $(DATASET)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
-# --multi_gpu starts NPROC processes on a CPU too; without it, accelerate starts a single one.
-LAUNCH = $(BIN)/$(if $(filter 1,$(NPROC)),python,accelerate launch --multi_gpu \
-	--num_processes $(NPROC) --num_machines 1 --mixed_precision no --dynamo_backend no)
+LAUNCH = $(BIN)/python scripts/launch.py --nproc $(NPROC) --nnodes $(NNODES) \
+	$(if $(LAUNCHER),--launcher $(LAUNCHER)) $(if $(MAIN),--main $(MAIN))
 
 help: ## list the targets and their variables
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18

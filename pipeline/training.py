@@ -53,8 +53,11 @@ def train(recipe: Recipe, restart: bool = False) -> dict:
         recipe.save(recipe.checkpoint_folder)
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     summary = _summary(trainer, recipe) | {"code_revision": revision}
+    # Asked of all processes: each may hold a shard, and the main one gets the whole.
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if main:
-        _save(trainer.model, trainer.processing_class, recipe, summary)
+        live = trainer.accelerator.unwrap_model(trainer.model)
+        _save(live, weights, trainer.processing_class, recipe, summary)
     trainer.accelerator.wait_for_everyone()
     return summary | {"new": True}
 
@@ -97,6 +100,11 @@ class ImageTrainer(Trainer):
                 if name in ("accuracy", "nll")
             },
         )
+        if self.is_fsdp_enabled:
+            # Not the Embeddings: accelerate 1.15 shards the patch embedding in them afterwards, and
+            # fails where what surrounds it is sharded already.
+            layers = [name for name in model._no_split_modules if not name.endswith("Embeddings")]
+            self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = layers
         self.remove_callback(ProgressCallback)
         if not recipe.training.disable_tqdm:
             self.add_callback(Progress())
@@ -156,6 +164,12 @@ class ImageTrainer(Trainer):
             return super()._load_best_model()
         restore(self.model, self.state.best_model_checkpoint)
 
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        # trainer_state.json comes next, and says that the checkpoint is whole: so each process's
+        # part must be there.
+        self.accelerator.wait_for_everyone()
+
     def floating_point_ops(self, inputs):
         return 0  # the stock estimate counts pixels as tokens
 
@@ -210,7 +224,8 @@ def _is_whole(checkpoint: Path) -> bool:
             pass
     except (OSError, ValueError, SafetensorError):
         return False
-    return all((checkpoint / name).exists() for name in ("optimizer.pt", "scheduler.pt"))
+    # The optimizer's state: as the Trainer writes it, FSDP, DeepSpeed (with the scheduler's).
+    return any((checkpoint / name).exists() for name in ("optimizer.pt", "optimizer.bin", "latest"))
 
 
 def _check_same_recipe(recipe: Recipe) -> None:
@@ -251,11 +266,11 @@ def _summary(trainer: ImageTrainer, recipe: Recipe) -> dict:
     }
 
 
-def _save(model: PreTrainedModel, processor, recipe: Recipe, summary: dict) -> None:
+def _save(model: PreTrainedModel, weights: dict, processor, recipe: Recipe, summary: dict) -> None:
     """The folder appears whole or not at all."""
     part = recipe.model_folder.with_name(recipe.run + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
+    model.save_pretrained(part, state_dict=weights)
     processor.save_pretrained(part)
     recipe.save(part)
     (part / "training.json").write_text(json.dumps(summary, indent=1))

@@ -16,6 +16,7 @@ from transformers import Trainer
 
 from pipeline import training
 from pipeline.errors import UserError
+from pipeline.metrics import wilson_interval
 from pipeline.recipe import load_recipe
 from pipeline.training import ImageTrainer, last_checkpoint, train
 
@@ -202,20 +203,9 @@ def test_two_processes_give_the_validation_loss_of_one(tiny_recipe, here):
     same = ["--crop_padding=0", "--max_steps=20", "--eval_strategy=steps", "--eval_steps=5"]
     same += ["--save_strategy=steps", "--save_steps=5"]
     one = train(load_recipe(tiny_recipe, same, "one"))
-    launch = ["launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    script = [SCRIPT, "--recipe", tiny_recipe, "--run=two", "--per_device_train_batch_size=32"]
     result = subprocess.run(
-        [
-            Path(sys.executable).with_name("accelerate"),
-            *launch,
-            "--mixed_precision=no",
-            "--dynamo_backend=no",
-            SCRIPT,
-            "--recipe",
-            tiny_recipe,
-            "--run=two",
-            "--per_device_train_batch_size=32",
-            *same,
-        ],
+        [sys.executable, ROOT / "scripts/launch.py", "--nproc=2", *script, *same],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -231,6 +221,10 @@ def test_two_processes_give_the_validation_loss_of_one(tiny_recipe, here):
     ]
     assert losses[0][-1] < 0.9 * losses[0][0]  # it did learn
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    # The same images, and about as many of them right.
+    total = one["validation_images"]
+    low, high = wilson_interval(round(one["validation_accuracy"] * total), total)
+    assert low <= two["validation_accuracy"] <= high
 
 
 def test_the_trained_model_agrees_with_pipeline_on_real_images(shared, here):
