@@ -17,6 +17,7 @@ NPROC ?= 1#                  processes on each host, started by accelerate
 LAUNCHER ?=#                 ddp, hosts, fsdp2 or deepspeed (default: ddp; hosts where NNODES says so)
 NNODES ?= 1#                 hosts: the same command on each, in any order
 MAIN ?=#                     NNODES: host:port of the first, where all meet
+STREAMING ?=#                train: 1 reads images on the way and keeps none; say --max_steps in ARGS
 ARGS ?=#                     anything else, as in ARGS="--learning_rate=2e-4 --seed=1"
 
 BIN := .venv/bin
@@ -45,7 +46,7 @@ setup: .venv/.runs ## make .venv from requirements.txt
 	@touch $@
 
 train: setup ## fine-tune by RECIPE; run again, it resumes
-	$(LAUNCH) scripts/train_vit.py --recipe $(RECIPE) $(SELECT)
+	$(LAUNCH) scripts/train_vit.py --recipe $(RECIPE) $(if $(STREAMING),--streaming) $(SELECT)
 
 evaluate: setup ## score MODEL on the test split
 	$(LAUNCH) scripts/evaluate_vit.py $(SELECT)

@@ -35,7 +35,13 @@ def load_splits(
     H and W are the images' own where all share one size of at most `image_size`, else
     `image_size`, resized by Pillow's filter `resample`. Raises UserError for a dataset that
     can't be loaded, has no image or label column, or holds images or labels that can't be used.
+    A streamed dataset has no train here: see `streaming`.
     """
+    if data.streaming:
+        from pipeline.streaming import held_out  # which stands on this module
+
+        parts = [s for s in ("validation", "test") if only in (None, s)]
+        return DatasetDict({s: held_out(data, s, image_size, resample) for s in parts})
     raw = load_raw(data)
     source = "test" if only == "test" and "test" in raw else None
     splits = {
@@ -53,7 +59,7 @@ def load_splits(
 
 def load_raw(data: DataArguments) -> DatasetDict:
     """Train, and test if there is one, as published: columns `image` and `label`, checked."""
-    raw = DatasetDict({"train": digits()}) if data.dataset == "digits" else _load(data)
+    raw = DatasetDict({"train": digits()}) if data.dataset == "digits" else load_published(data)
     if data.train_split not in raw:
         raise UserError(
             f'The dataset "{data.dataset}" has no split "{data.train_split}"; it has '
@@ -174,29 +180,36 @@ class _MixedSizes(Exception):
     pass
 
 
-def _load(data: DataArguments) -> DatasetDict:
+def load_published(data: DataArguments, streaming: bool = False) -> dict[str, Dataset]:
+    """All splits as published, or `datasets.IterableDataset`s of them; UserError if there are none.
+
+    Of a dataset on the Hub or in a folder.
+    """
     name = data.dataset
     if is_local(name):
         name = os.path.expanduser(name)
     else:
         hub_commit("dataset", name, data.dataset_revision)
     try:
-        return datasets.load_dataset(name, data.dataset_config, revision=data.dataset_revision)
+        return datasets.load_dataset(
+            name, data.dataset_config, revision=data.dataset_revision, streaming=streaming
+        )
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(f'Cannot load the dataset "{data.dataset}": {reason}') from None
 
 
 def _two_columns(dataset: Dataset, data: DataArguments) -> Dataset:
-    image = _column(dataset, datasets.Image, data.image_column, "image", data.dataset)
-    label = _column(dataset, ClassLabel, data.label_column, "label", data.dataset)
+    image = column(dataset, datasets.Image, data.image_column, "image", data.dataset)
+    label = column(dataset, ClassLabel, data.label_column, "label", data.dataset)
     dataset = dataset.select_columns([image, label])
     return dataset.rename_columns(
         {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
     )
 
 
-def _column(dataset: Dataset, kind: type, name: str | None, role: str, source: str) -> str:
+def column(dataset: Dataset, kind: type, name: str | None, role: str, source: str) -> str:
+    """The column of that kind, `name` if given; UserError where there is none, or no telling."""
     found = [c for c, feature in dataset.features.items() if isinstance(feature, kind)]
     columns = ", ".join(f"{c} ({type(f).__name__})" for c, f in dataset.features.items())
     if name is not None:

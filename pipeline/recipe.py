@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
 
 from pipeline.errors import UserError
 from pipeline.revision import hub_commit
@@ -29,6 +30,13 @@ DEFAULTS = {
     "metric_for_best_model": "accuracy",
     "logging_steps": 50,
     "report_to": "none",
+}
+# Beneath a streamed one, which has no epochs: validate and save ten times.
+STREAMED = {
+    "eval_strategy": "steps",
+    "eval_steps": 0.1,
+    "save_strategy": "steps",
+    "save_steps": 0.1,
 }
 # Settings that say where and how fast, not what is learned: a run may go on under others.
 INCIDENTAL = {
@@ -61,7 +69,12 @@ class DataArguments:
     validation_size: float = field(
         default=0.05, metadata={"help": "share of train that picks the checkpoint"}
     )
-    num_proc: int | None = field(default=None, metadata={"help": "processes that decode images"})
+    streaming: bool = field(
+        default=False, metadata={"help": "read images as they are learned from, and keep none"}
+    )
+    num_proc: int | None = field(
+        default=None, metadata={"help": "processes that decode images; threads, where streaming"}
+    )
 
 
 @dataclass
@@ -109,6 +122,7 @@ class AugmentationArguments:
 
 
 OWN = (DataArguments, ModelArguments, AugmentationArguments)
+OWN_DEFAULTS = {key.name: key.default for part in OWN for key in fields(part)}
 
 
 @dataclass
@@ -160,7 +174,9 @@ def load_recipe(name: str, overrides: list[str] = (), run: str | None = None) ->
     _check_keys(settings)
     given = dict(_split_override(argument) for argument in _join_values(overrides))
     _check_keys(given)
-    settings = DEFAULTS | settings | given
+    streaming = (settings | given).get("streaming", False)
+    beneath = DEFAULTS | STREAMED if string_to_bool(streaming) else DEFAULTS
+    settings = beneath | settings | given
     # Everything through one parser, so that a file and the command line mean the same.
     arguments = [f"--{k}={_as_argument(v)}" for k, v in settings.items() if v is not None]
     run = run or re.sub("@.*", "", name.split("/")[-1]).removesuffix(path.suffix)
@@ -226,6 +242,10 @@ def _check_values(recipe: Recipe) -> None:
         )
     if recipe.model.attention not in ("auto", "sdpa", "eager"):
         raise UserError(f'attention is "{recipe.model.attention}"; choose auto, sdpa or eager.')
+    if recipe.data.streaming and recipe.training.max_steps <= 0:
+        raise UserError(
+            "A streamed dataset has no end: say how long to train, as ARGS=--max_steps=10000."
+        )
     if recipe.augmentation.crop_padding >= 1:
         raise UserError("crop_padding is a share of the image's side: give less than 1.")
 

@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import yaml
+from datasets import Dataset
 from safetensors import SafetensorError, safe_open
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 
@@ -26,7 +28,8 @@ from pipeline.errors import UserError
 from pipeline.metrics import ImageClassification
 from pipeline.model import build, build_processor, parameter_groups
 from pipeline.preprocess import augment, mix, preprocess
-from pipeline.recipe import Recipe
+from pipeline.recipe import INCIDENTAL, OWN_DEFAULTS, Recipe
+from pipeline.streaming import ImageStream, Rows
 
 
 def train(recipe: Recipe, restart: bool = False) -> dict:
@@ -48,6 +51,8 @@ def train(recipe: Recipe, restart: bool = False) -> dict:
     revision = environment.code_revision()  # of the code that runs: files may change meanwhile
     trainer = prepare(recipe)
     checkpoint = last_checkpoint(recipe.checkpoint_folder)
+    if checkpoint and recipe.data.streaming:
+        trainer.train_dataset.resume(checkpoint)
     if main:
         recipe.checkpoint_folder.mkdir(parents=True, exist_ok=True)
         recipe.save(recipe.checkpoint_folder)
@@ -68,11 +73,9 @@ def prepare(recipe: Recipe) -> "ImageTrainer":
         recipe.training.bf16, recipe.training.mixed_precision = False, "no"
         print("This processor is not made for bfloat16: training in float32.")
     processor = build_processor(recipe.model)
-    with recipe.training.main_process_first(desc="decoding"):
-        splits = load_splits(recipe.data, recipe.model.image_size, processor.resample)
+    learn, validation, labels = _datasets(recipe, processor.resample)
     set_seed(recipe.training.seed)  # the head's first weights
-    model = build(recipe.model, splits["train"].features["label"].names)
-    return ImageTrainer(recipe, model, processor, splits["train"], splits["validation"])
+    return ImageTrainer(recipe, build(recipe.model, labels), processor, learn, validation)
 
 
 class ImageTrainer(Trainer):
@@ -80,7 +83,14 @@ class ImageTrainer(Trainer):
     it there; the loss takes soft labels; restoring is strict.
     """
 
-    def __init__(self, recipe: Recipe, model: PreTrainedModel, processor, train, validation):
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: PreTrainedModel,
+        processor,
+        train: Dataset | ImageStream,
+        validation: Dataset,
+    ):
         self.recipe = recipe
         self.generator = torch.Generator(recipe.training.device)
         metric = ImageClassification(keep_in_memory=True)
@@ -89,7 +99,7 @@ class ImageTrainer(Trainer):
             args=recipe.training,
             processing_class=processor,  # so that a checkpoint is a whole model
             data_collator=Batches.collate,
-            train_dataset=Batches(train),
+            train_dataset=train if isinstance(train, ImageStream) else Batches(train),
             eval_dataset=Batches(validation),
             compute_loss_func=self.loss,
             compute_metrics=lambda output: {
@@ -109,6 +119,13 @@ class ImageTrainer(Trainer):
         if not recipe.training.disable_tqdm:
             self.add_callback(Progress())
         self.add_callback(WallClock())
+
+    def get_train_dataloader(self) -> DataLoader:
+        if not self.recipe.data.streaming:
+            return super().get_train_dataloader()
+        # Not prepared by accelerate: each process has batches of its own already.
+        pin = self.args.dataloader_pin_memory and self.args.device.type == "cuda"
+        return DataLoader(self.train_dataset, batch_size=None, pin_memory=pin)
 
     def _prepare_inputs(self, inputs: dict) -> dict:
         """uint8 (B, 3, H, W) and labels (B,) to what the model takes, on the device.
@@ -166,6 +183,9 @@ class ImageTrainer(Trainer):
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
+        if self.recipe.data.streaming:
+            batches = self.state.global_step * self.args.gradient_accumulation_steps
+            self.train_dataset.save(Path(output_dir), batches)
         # trainer_state.json comes next, and says that the checkpoint is whole: so each process's
         # part must be there.
         self.accelerator.wait_for_everyone()
@@ -233,8 +253,10 @@ def _check_same_recipe(recipe: Recipe) -> None:
         file = folder / "recipe.yaml"
         if not file.exists():
             continue
-        before, now = yaml.safe_load(file.read_text()), recipe.settings
-        differing = [k for k in before.keys() | now.keys() if before.get(k) != now.get(k)]
+        # Keys that are younger than the file had their default.
+        before, now = OWN_DEFAULTS | yaml.safe_load(file.read_text()), recipe.settings
+        keys = (before.keys() | now.keys()) - INCIDENTAL
+        differing = [k for k in keys if before.get(k) != now.get(k)]
         if differing:
             shown = "; ".join(
                 f"{k} is {now.get(k)} now, {before.get(k)} there" for k in sorted(differing)[:3]
@@ -243,6 +265,27 @@ def _check_same_recipe(recipe: Recipe) -> None:
                 f"{folder} holds a run of another recipe ({shown}). Name this run with "
                 "ARGS=--run=NAME, or replace that one with ARGS=--restart."
             )
+
+
+def _datasets(recipe: Recipe, resample: int) -> tuple[Dataset | ImageStream, Dataset, list[str]]:
+    """What to learn from, what to validate on, and the names of the classes."""
+    size, how = recipe.model.image_size, recipe.training
+    if not recipe.data.streaming:
+        with how.main_process_first(desc="decoding"):
+            splits = load_splits(recipe.data, size, resample)
+        return splits["train"], splits["validation"], splits["train"].features["label"].names
+    rows = Rows(recipe.data, recipe.data.train_split)
+    stream = ImageStream(
+        rows,
+        how.per_device_train_batch_size,
+        size,
+        resample,
+        how.seed if how.data_seed is None else how.data_seed,
+        how.process_index,
+        how.world_size,
+        recipe.data.num_proc,
+    )
+    return stream, load_splits(recipe.data, size, resample, "validation")["validation"], rows.names
 
 
 def _summary(trainer: ImageTrainer, recipe: Recipe) -> dict:
@@ -254,7 +297,7 @@ def _summary(trainer: ImageTrainer, recipe: Recipe) -> dict:
         "best_step": trainer.state.best_global_step,
         "validation_accuracy": trainer.state.best_metric,
         "validation_images": len(trainer.eval_dataset),
-        "training_images": len(trainer.train_dataset),
+        "training_images": _images(trainer),
         "epochs": trainer.state.epoch,
         "steps": trainer.state.global_step,
         "wall_s": last["wall_s"],
@@ -264,6 +307,13 @@ def _summary(trainer: ImageTrainer, recipe: Recipe) -> dict:
         "versions": environment.versions(),
         "log": history,
     }
+
+
+def _images(trainer: ImageTrainer) -> int:
+    """How many there are to learn from; of a stream, how many were seen."""
+    if isinstance(trainer.train_dataset, ImageStream):
+        return trainer.state.global_step * trainer.get_total_train_batch_size(trainer.args)
+    return len(trainer.train_dataset)
 
 
 def _save(model: PreTrainedModel, weights: dict, processor, recipe: Recipe, summary: dict) -> None:
