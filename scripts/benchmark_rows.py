@@ -17,6 +17,7 @@ from pathlib import Path
 
 import benchmark_example as example
 import datasets
+import psutil
 import torch
 from benchmark_space import in_turn, random_vit
 from torch.optim.lr_scheduler import LambdaLR
@@ -540,20 +541,14 @@ def _peak_megabytes(command: list, folder: Path, variables: dict[str, str]) -> f
     )
     peak = 0
     while process.poll() is None:
-        peak = max(peak, sum(map(_anonymous_kb, _family(process.pid))))
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = psutil.Process(process.pid).children(recursive=True)
+            pids = [process.pid, *(child.pid for child in children)]
+            peak = max(peak, sum(map(_anonymous_kb, pids)))
         time.sleep(0.05)
     if process.returncode:
         sys.exit(f"{command[1]} ended with {process.returncode}: {process.stderr.read().decode()}")
     return peak / 1024
-
-
-def _family(pid: int) -> list[int]:
-    found = [pid]
-    with contextlib.suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            for child in (task / "children").read_text().split():
-                found += _family(int(child))
-    return found
 
 
 def _anonymous_kb(pid: int) -> int:
