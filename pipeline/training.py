@@ -58,10 +58,12 @@ def train(recipe: Recipe, restart: bool = False) -> dict:
         recipe.save(recipe.checkpoint_folder)
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     summary = _summary(trainer, recipe) | {"code_revision": revision}
-    # Asked of all processes: each may hold a shard, and the main one gets the whole.
+    # Asked of all processes: each may hold a shard, and the main one gets the whole. The names
+    # are without what torch.compile puts before them.
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    weights = {name.replace("_orig_mod.", ""): value for name, value in weights.items()}
     if main:
-        live = trainer.accelerator.unwrap_model(trainer.model)
+        live = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         _save(live, weights, trainer.processing_class, recipe, summary)
     trainer.accelerator.wait_for_everyone()
     return summary | {"new": True}

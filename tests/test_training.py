@@ -177,6 +177,18 @@ def test_all_options_together_train(tiny_recipe):
     assert all(entry["loss"] < 4 for entry in summary["log"] if "loss" in entry)
 
 
+def test_a_compiled_model_trains_alike_and_is_saved_plain(tiny_recipe, here):
+    same = ["--max_steps=4", "--eval_strategy=steps", "--eval_steps=2"]
+    same += ["--save_strategy=steps", "--save_steps=2"]
+    train(load_recipe(tiny_recipe, same, "plain"))
+    compiled = [*same, "--torch_compile", "--torch_compile_backend=aot_eager"]
+    assert train(load_recipe(tiny_recipe, compiled, "compiled"))["steps"] == 4
+    plain, found = weights(here / "models/plain"), weights(here / "models/compiled")
+    assert plain.keys() == found.keys()  # no name of the compiler's
+    for name in plain:
+        torch.testing.assert_close(found[name], plain[name], atol=1e-4, rtol=0)
+
+
 def test_validation_loss_is_not_smoothed(tiny_recipe):
     summary = train(load_recipe(tiny_recipe, ["--label_smoothing_factor=0.3"], "run"))
     entry = next(e for e in summary["log"] if "eval_loss" in e)
