@@ -132,29 +132,40 @@ def faithfulness_curves(curves: dict[str, dict[str, list[float]]], path: Path) -
     _save(figure, path)
 
 
-def benchmark(pairs: list[dict], path: Path) -> None:
-    """How many times better ours is than the other side, plain and tuned, and the target."""
-    shown = [pair for pair in pairs if pair["times"]][::-1]  # from the bottom up
-    figure, axes = plt.subplots(figsize=(9, 0.75 * len(shown) + 1.2))
-    for row, pair in enumerate(shown):
-        for side, lift, color in (("times", 0.17, BLUE), ("times_tuned", -0.17, ORANGE)):
+def benchmark(rows: dict[str, dict], path: Path) -> None:
+    """How many times better ours is than the other side, plain and tuned, and the target.
+
+    `rows` are those of `benchmarks.json`. Without a pair to compare, nothing is drawn.
+    """
+    pairs = [(pair, row["hardware"]) for row in rows.values() for pair in row["pairs"]]
+    shown = [found for found in pairs if found[0]["times"]][::-1]  # from the bottom up
+    if not shown:
+        return
+    one_machine = len({hardware for _, hardware in pairs}) == 1
+    figure, axes = plt.subplots(figsize=(9, 0.62 * len(shown) + 1.3))
+    names = []
+    for row, (pair, hardware) in enumerate(shown):
+        names.append(pair["what"] if one_machine else f"{pair['what']}, {hardware}")
+        for side, lift, color in (("times", 0.18, BLUE), ("times_tuned", -0.18, ORANGE)):
+            target = pair["target" + side.removeprefix("times")]
+            if target:
+                axes.plot([target] * 2, [row + lift - 0.2, row + lift + 0.2], color="black")
             if pair[side]:
-                axes.barh(row + lift, pair[side] - 1, 0.32, left=1, color=color)
+                axes.barh(row + lift, pair[side] - 1, 0.34, left=1, color=color)
                 axes.annotate(
                     f"{pair[side]:.3g}x", (max(pair[side], 1), row + lift), va="center",
-                    xytext=(4, 0), textcoords="offset points", fontsize="small",
+                    xytext=(5, 0), textcoords="offset points", fontsize="small",
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
                 )  # fmt: skip
-        if pair["target"]:
-            axes.plot([pair["target"]] * 2, [row - 0.4, row + 0.4], ":", color="black")
     axes.axvline(1, color="black", linewidth=1)
-    names = [textwrap.fill(pair["what"].partition(":")[0], 34) for pair in shown]
-    axes.set_yticks(range(len(shown)), names, fontsize="small")
+    axes.set_yticks(range(len(shown)), [textwrap.fill(n, 36) for n in names], fontsize="small")
     axes.set_xscale("log")
-    axes.set_xlim(right=2 * max(2, *(pair["times"] for pair in shown)))
+    axes.set_xlim(right=2 * max(pair["times"] for pair, _ in shown))
     axes.xaxis.set_major_formatter("{x:g}x")
-    axes.set(title="Ours over the example script, by the median")
+    hardware = f", {pairs[0][1]}" if one_machine else ""
+    axes.set(title=f"How many times better than the example script{hardware}")
     marks = [Patch(color=BLUE, label="as it comes"), Patch(color=ORANGE, label="tuned")]
-    marks.append(Line2D([], [], linestyle=":", color="black", label="target"))
+    marks.append(Line2D([], [], color="black", marker="|", linestyle="none", label="target"))
     axes.legend(handles=marks, frameon=False, loc="lower right")
     _save(figure, path)
 

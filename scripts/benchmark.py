@@ -93,10 +93,10 @@ def main() -> None:
             found[row] = about | {"measured": time.strftime("%Y-%m-%d")} | took | {"pairs": pairs}
             file.write_text(json.dumps(found, indent=1))
     found = {row: found[row] for row in ROWS if row in found}
-    pairs = [pair for row in found.values() for pair in row["pairs"]]
-    figures.benchmark(pairs, file.with_suffix(".png"))
-    print("\n" + table(pairs))
-    print(f"\nWritten: {file}, {file.with_suffix('.png')}")
+    figures.benchmark(found, file.with_suffix(".png"))
+    print("\n" + as_text(found))
+    written = [path for path in (file, file.with_suffix(".png")) if path.exists()]
+    print(f"\nWritten: {', '.join(map(str, written))}")
 
 
 def _absolute(name: str, here: Path) -> str:
@@ -128,31 +128,47 @@ def _times(ours: dict, other: dict, less_is_better: bool) -> float:
 
 
 def _met(pair: dict) -> bool | None:
+    if pair["times"]:
+        wanted = [(pair["times"], pair["target"]), (pair["times_tuned"], pair["target_tuned"])]
+        wanted = [times >= target for times, target in wanted if target]
+        return all(wanted) if wanted else None
     if pair["target"] is None:
         return pair["met"]
-    if pair["times"]:
-        return pair["times"] >= pair["target"]
     value = pair["ours"]["median"]
     return value >= pair["target"] if pair["least"] else value < pair["target"]
 
 
+def as_text(found: dict) -> str:
+    """A table in Markdown, which a terminal shows well enough, for each machine and dataset."""
+    tables = {}
+    for row in found.values():
+        small = ", small (QUICK)" if row["quick"] else ""
+        where = f"{row['hardware']}, {row['dataset']}, {row['measured']}{small}"
+        tables.setdefault(where, []).extend(row["pairs"])
+    return "\n\n".join(f"{where}:\n\n{table(pairs)}" for where, pairs in tables.items())
+
+
 def table(pairs: list[dict]) -> str:
-    """Markdown, which a terminal shows well enough."""
-    lines = ["| What | Ours | Example | Times | Tuned example | Times | Target |"]
-    lines.append("|:--|--:|--:|--:|--:|--:|:--|")
+    """Medians, and the least and the most of several runs."""
+    lines = ["| | Ours | Example | | Tuned example | | Target |", "|:--|--:|--:|--:|--:|--:|:--|"]
     for pair in pairs:
-        cells = [pair["what"], _figure(pair, "ours"), _figure(pair, "theirs"), _x(pair["times"])]
-        cells += [_figure(pair, "tuned"), _x(pair["times_tuned"]), _target(pair)]
+        cells = [f"{pair['what']}, {pair['unit']}", _figure(pair["ours"])]
+        cells += [_figure(pair["theirs"]), _x(pair["times"])]
+        cells += [_figure(pair["tuned"]), _x(pair["times_tuned"]), _target(pair)]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    sides = [f"{pair['what']}: {pair['sides']}." for pair in pairs if pair["sides"]]
+    return "\n".join([*lines, "", *sides])
 
 
-def _figure(pair: dict, side: str) -> str:
-    found = pair[side]
+def _figure(found: dict | None) -> str:
     if not found:
         return ""
-    spread = f" ({found['least']:.4g} to {found['most']:.4g})" if found["runs"] > 1 else ""
-    return f"{found['median']:,.4g} {pair['unit']}{spread}"
+    spread = f" ({_number(found['least'])} to {_number(found['most'])})"
+    return _number(found["median"]) + (spread if found["runs"] > 1 else "")
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.4g}"
 
 
 def _x(times: float | None) -> str:
@@ -160,13 +176,16 @@ def _x(times: float | None) -> str:
 
 
 def _target(pair: dict) -> str:
-    if pair["target"] is None:
-        return {True: "intervals apart", False: "intervals apart, missed", None: ""}[pair["met"]]
+    if pair["met"] is None:
+        return ""
     if pair["times"]:
-        wanted = f"{pair['target']:g}x"
+        tuned = pair["target_tuned"]
+        wanted = f"{pair['target']:g}x" + (f", {tuned:g}x tuned" if tuned else "")
+    elif pair["target"]:
+        wanted = f"{'over' if pair['least'] else 'under'} {pair['target']:g}"
     else:
-        wanted = f"{'over' if pair['least'] else 'under'} {pair['target']:g} {pair['unit']}"
-    return wanted if pair["met"] else f"{wanted}, missed"
+        wanted = "intervals apart"
+    return wanted if pair["met"] else f"{wanted}: missed"
 
 
 if __name__ == "__main__":

@@ -53,8 +53,9 @@ UNTIMED += ["--load_best_model_at_end=false", "--disable_tqdm=true"]
 class Pair:
     """One figure, ours beside the other side's; `tuned` with its faster settings on.
 
-    `target` is how many times better ours should be or, where there is no other side, the most
-    it should be (the least, if `least`).
+    `target` is how many times better ours should be, `target_tuned` the same beside the tuned
+    side or, where there is no other side, the most `ours` should be (the least, if `least`).
+    `sides` says in words what is compared.
     """
 
     what: str
@@ -63,10 +64,11 @@ class Pair:
     theirs: list[float] | None = None
     tuned: list[float] | None = None
     target: float | None = None
+    target_tuned: float | None = None
     less_is_better: bool = False
     least: bool = False
     met: bool | None = None
-    note: str = ""
+    sides: str = ""
 
 
 @dataclass
@@ -158,16 +160,18 @@ def preprocessing(setting: Setting) -> list[Pair]:
         return EPOCHS / (1 / prepare_rate + EPOCHS / rate)
 
     pairs = [
-        Pair(f"Preprocessing once: `map` of our own to uint8; processor in `map` "
-             f"(tuned: in {cores} processes)", "images/s", *once.values(), target=25),
+        Pair("Preprocessing for 224 px, once", "images/s", *once.values(), target=25,
+             sides=f"`map` to uint8; the processor in `map`; tuned: in {cores} processes"),
         Pair("Bytes on disk, an image", "B", [sizes[0]], [sizes[1]], target=100,
              less_is_better=True),
-        Pair("Pixels for the model, each epoch: ours; processor in `with_transform` "
-             "(tuned: read what `map` wrote)", "images/s", *each.values()),
-        Pair(f"Both, over {EPOCHS} epochs: ours; `with_transform` (tuned: `map` and read)",
-             "images/s", [whole(*rates) for rates in zip(once["ours"], each["ours"], strict=True)],
+        Pair("Pixels for the model, each epoch", "images/s", *each.values(),
+             sides="read, resize, normalise; the processor in `with_transform`; tuned: read what "
+             "`map` wrote"),
+        Pair(f"Both, over {EPOCHS} epochs", "images/s",
+             [whole(*rates) for rates in zip(once["ours"], each["ours"], strict=True)],
              each["theirs"],
-             [whole(*rates) for rates in zip(once["tuned"], each["tuned"], strict=True)]),
+             [whole(*rates) for rates in zip(once["tuned"], each["tuned"], strict=True)],
+             sides="`with_transform` prepares nothing once"),
     ]  # fmt: skip
     for dataset in (*decoded, *mapped):
         for file in dataset.cache_files:
@@ -182,17 +186,16 @@ def training_base(setting: Setting) -> list[Pair]:
     else:
         batch, warm, steps = (4, 1, 1) if setting.quick else (16, 1, 4)
     options = ["--torch_compile=true"] if torch.accelerator.is_available() else []
-    where = environment.hardware()
     return _training(
         setting, setting.vit_base(), 224, batch, warm, steps,
-        f"Training, ViT-B/16 at 224 px, {where}", 4 if options else 2.5, options,
+        "ViT-B/16 at 224 px", 4 if options else 2.5, options,
     )  # fmt: skip
 
 
 def training_small(setting: Setting) -> list[Pair]:
     """Training, a small ViT at 32 px, where all but the arithmetic weighs most."""
     warm, steps = (2, 6) if setting.quick else (5, 40)
-    what = f"Training, ViT of 2.7 M at 32 px, {environment.hardware()}"
+    what = "ViT of 2.7 M at 32 px"
     return _training(setting, setting.small_vit(), 32, 64, warm, steps, what, 2)
 
 
@@ -240,7 +243,7 @@ def equal_time(setting: Setting) -> list[Pair]:
     return [
         Pair(f"Test accuracy after {setting.seconds / 60:.3g} minutes each, {what}", "%",
              accuracies[:1], None, accuracies[1:], met=intervals[0][0] > intervals[1][1],
-             note="; ".join(notes)),
+             sides="; ".join(notes)),
     ]  # fmt: skip
 
 
@@ -261,8 +264,8 @@ def one_image(setting: Setting) -> list[Pair]:
     )
     fast = environment.fast_bfloat16()
     return [
-        Pair("One image through the model, ViT-B/16, CPU (ours with its attention maps)", "ms",
-             ours, plain, target=3 if fast else 1, less_is_better=True),
+        Pair("One image through a ViT-B/16", "ms", ours, plain, target=3 if fast else 1,
+             less_is_better=True, sides="as the Space does it, attention maps too; `pipeline()`"),
     ]  # fmt: skip
 
 
@@ -291,16 +294,13 @@ def test_split(setting: Setting) -> list[Pair]:
             .transpose(0, 2, 3, 1)  # (N, 3, H, W) to (N, H, W, 3)
         ]
         found = _scoring_rates(model, processor, test, pictures, str(folder), one, setting.quick)
-        sides = "ours; `pipeline()` in a loop (tuned: in batches of 64)"
-        pairs.append(
-            Pair(f"Scoring a split, {name}, float32: {sides}", "images/s",
-                 found["ours"], found["theirs"], found["tuned"], target=10)
-        )  # fmt: skip
-        if environment.fast_bfloat16():
-            pairs.append(
-                Pair(f"Scoring a split, {name}, `--bf16`: {sides} in float32", "images/s",
-                     found["rounded"], found["theirs"], found["tuned"], target=10)
-            )  # fmt: skip
+        for side, how in (("ours", "float32"), ("rounded", "`--bf16`")):
+            if side == "ours" or environment.fast_bfloat16():
+                pairs.append(
+                    Pair(f"Scoring a split, {how}, {name}", "images/s",
+                         found[side], found["theirs"], found["tuned"], target=10, target_tuned=2,
+                         sides="`pipeline()` in float32, in a loop; tuned: in batches of 64")
+                )  # fmt: skip
     return pairs
 
 
@@ -335,9 +335,9 @@ def memory(setting: Setting) -> list[Pair]:
         shutil.rmtree(folder)
         print(f"  {copies * len(part):,} images: {found[-1]:.0f} MB", flush=True)
     return [
-        Pair(f"Peak memory at {factor}x the images ({factor * few:,}), over that at {few:,}",
+        Pair(f"Peak memory at {factor * few:,} images over that at {few:,}",
              "times", [found[1] / found[0]], target=1.1,
-             note=f"{found[0]:.0f} and {found[1]:.0f} MB of process memory, mapped files apart"),
+             sides=f"{found[1]:.0f} and {found[0]:.0f} MB of all processes, mapped files apart"),
     ]  # fmt: skip
 
 
@@ -364,8 +364,8 @@ def whole_recipe(setting: Setting) -> list[Pair]:
     train(load_recipe("vit-base", options, "whole"))
     minutes = (time.monotonic() - started) / 60
     what = "2 steps" if setting.quick else f"{EPOCHS} epochs"
-    return [Pair(f"Recipe vit-base, {what}, validation included, {environment.hardware()}",
-                 "minutes", [minutes], target=None if setting.quick else 3)]  # fmt: skip
+    return [Pair(f"Recipe vit-base, {what}, validation included", "minutes", [minutes],
+                 target=None if setting.quick else 3)]  # fmt: skip
 
 
 def fine_tune(setting: Setting) -> list[Pair]:
@@ -384,10 +384,9 @@ def fine_tune(setting: Setting) -> list[Pair]:
     reach = T_95[3] * statistics.stdev(accuracies) / 3**0.5
     mean = statistics.mean(accuracies)
     return [
-        Pair(f"Test accuracy, recipe {Path(setting.recipe).stem}, three seeds, "
-             f"{environment.hardware()}", "%", accuracies, least=True,
-             target=None if setting.quick else 97.0,
-             note=f"mean {mean:.2f} %, 95 % interval of the mean {mean - reach:.2f} to "
+        Pair(f"Test accuracy, recipe {Path(setting.recipe).stem}, three seeds", "%", accuracies,
+             least=True, target=None if setting.quick else 97.0,
+             sides=f"mean {mean:.2f} %, 95 % interval of the mean {mean - reach:.2f} to "
              f"{mean + reach:.2f} %"),
     ]  # fmt: skip
 
@@ -419,9 +418,19 @@ def _training(
 
     found = _alternate(repeats, ours=ours, theirs=lambda: theirs(False), tuned=lambda: theirs(True))
     return [
-        Pair(what, "images/s", *found.values(), target=target, note=f"batch {batch}"),
-        Pair(f"Share of a step spent waiting for data: {what}", "%", waits, target=2),
+        Pair(
+            f"Training, {what}",
+            "images/s",
+            *found.values(),
+            target=target,
+            sides=f"batches of {batch}; tuned: {_listed(example.fast_settings())}",
+        ),
+        Pair(f"Waiting for data, {what}", "% of a step", waits, target=2),
     ]
+
+
+def _listed(settings: dict) -> str:
+    return ", ".join(f"{key} {value}" for key, value in settings.items())
 
 
 class _StepClock(TrainerCallback):

@@ -29,7 +29,7 @@ def test_the_quick_benchmark_measures_every_row(tmp_path):
         for pair in row["pairs"]:
             sides = [pair[side] for side in ("ours", "theirs", "tuned") if pair[side]]
             assert all(0 < s["least"] <= s["median"] <= s["most"] for s in sides), pair
-            assert f"| {pair['what']} |" in result.stdout
+            assert f"| {pair['what']}, {pair['unit']} |" in result.stdout
     compared = [pair for row in found.values() for pair in row["pairs"] if pair["times"]]
     assert len(compared) >= 7
     with Image.open(tmp_path / "benchmarks.png") as figure:
@@ -38,7 +38,8 @@ def test_the_quick_benchmark_measures_every_row(tmp_path):
 
 def test_a_row_measured_again_leaves_the_others(tmp_path):
     file = tmp_path / "benchmarks.json"
-    kept = {"pairs": [benchmark.summary(Pair("Kept", "s", [1.0], target=2))]}
+    kept = {"hardware": "another", "dataset": "digits", "measured": "2026-01-01", "quick": False}
+    kept["pairs"] = [benchmark.summary(Pair("Kept", "s", [1.0], target=2))]
     file.write_text(json.dumps({"demo": kept}))
     result = subprocess.run(
         [sys.executable, ROOT / "scripts/benchmark.py", "--quick", "--rows", "recipe",
@@ -49,7 +50,8 @@ def test_a_row_measured_again_leaves_the_others(tmp_path):
     found = json.loads(file.read_text())
     assert found["demo"] == kept
     assert found["recipe"]["pairs"][0]["ours"]["median"] > 0
-    assert "| Kept | 1 s |" in result.stdout
+    assert "another, digits, 2026-01-01:" in result.stdout
+    assert "| Kept, s | 1 |" in result.stdout
 
 
 def test_a_row_that_is_not_there_is_one_line():
@@ -70,7 +72,14 @@ def test_a_pair_is_compared_by_medians(less_is_better, times, met):
     assert found["ours"] == {"median": 25, "least": 9, "most": 50, "runs": 3}
     assert found["times"] == pytest.approx(times)
     assert found["met"] is met
-    assert "3x, missed" in benchmark.table([found])
+    assert "| 3x: missed |" in benchmark.table([found])
+
+
+def test_a_tuned_example_has_a_target_of_its_own():
+    pair = Pair("x", "u", [20], [1], [11], target=10, target_tuned=2)
+    assert benchmark.summary(pair)["met"] is False
+    pair.tuned = [9]
+    assert benchmark.summary(pair)["met"] is True
 
 
 @pytest.mark.parametrize(("least", "value", "met"), [(False, 1.9, True), (True, 96.9, False)])
