@@ -116,7 +116,8 @@ class ImageTrainer(Trainer):
             # Not the Embeddings: accelerate 1.15 shards the patch embedding in them afterwards, and
             # fails where what surrounds it is sharded already.
             layers = [name for name in model._no_split_modules if not name.endswith("Embeddings")]
-            self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = layers
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or layers
         self.remove_callback(ProgressCallback)
         if not recipe.training.disable_tqdm:
             self.add_callback(Progress())
