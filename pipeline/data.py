@@ -51,9 +51,9 @@ def load_splits(
     }
     # Carved after decoding, so that the cache serves every split, and rows keep their numbers.
     if "test" not in splits:
-        splits |= _carve(splits["train"], "test", TEST_SIZE)
+        splits |= carve(splits["train"], "test", TEST_SIZE)
     if "train" in splits:
-        splits |= _carve(splits["train"], "validation", data.validation_size)
+        splits |= carve(splits["train"], "validation", data.validation_size)
     return DatasetDict({s: d for s, d in splits.items() if only in (None, s)})
 
 
@@ -123,7 +123,7 @@ class Batches(torch.utils.data.Dataset):
         self.chosen = None if chosen is None else chosen.column(0).to_numpy().astype(int)
 
     def __reduce__(self):
-        return Batches, (self.dataset,)  # a worker maps the file anew, and is sent no pixels
+        return Batches, (self.dataset,)  # a worker maps the file anew, and is sent no copy of it
 
     def __len__(self):
         return len(self.dataset)
@@ -250,7 +250,11 @@ def _check_labels(dataset: Dataset, split: str) -> None:
         )
 
 
-def _carve(dataset: Dataset, name: str, size: float) -> dict[str, Dataset]:
+def carve(dataset: Dataset, name: str, size: float) -> dict[str, Dataset]:
+    """`name`, that share of a training split by class, and train, the rest; always the same rows.
+
+    UserError where a class has too few images.
+    """
     try:
         parts = dataset.train_test_split(size, stratify_by_column="label", seed=SPLIT_SEED)
     except ValueError as error:

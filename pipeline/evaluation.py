@@ -89,7 +89,7 @@ def evaluate(
         "confidences": [round(p, 4) for p in logits.softmax(dim=1).amax(dim=1).tolist()],
         "familiarity": familiar,
         "recipe": recipe,
-        "precision": "bfloat16" if bf16 else "float32",
+        "dtype": "bfloat16" if bf16 else "float32",
         "wall_s": round(wall, 1),
         "hardware": environment.hardware(),
         "versions": environment.versions(),
@@ -112,9 +112,11 @@ def predict(
     model, loader = model.to(accelerator.device).eval(), accelerator.prepare(loader)
     logits, labels = [], []
     rounded = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16)
-    with torch.inference_mode(), rounded:
+    with torch.inference_mode():
         for batch in tqdm(loader, f"Scoring {what}", disable=not accelerator.is_main_process):
-            output = model(preprocess(batch["pixel_values"], processor)).logits.float()
+            pixels = preprocess(batch["pixel_values"], processor)  # the same in either precision
+            with rounded:
+                output = model(pixels).logits.float()
             output, truth = accelerator.gather_for_metrics((output, batch["labels"]))
             logits.append(output.cpu())
             labels.append(truth.cpu())
@@ -173,7 +175,7 @@ def as_text(results: dict) -> str:
         f"Dataset        {dataset['name']}, split {dataset['split']}, {dataset['images']:,} images",
         f"Familiar       {familiar[dataset['split']]:.1%} of these images pass as like those it "
         "was trained on; of " + ", of ".join(f"{n} {s:.1%}" for n, s in familiar["others"].items()),
-        f"Scored in      {results['wall_s']} s on {results['hardware']}, {results['precision']}",
+        f"Scored in      {results['wall_s']} s on {results['hardware']}, {results['dtype']}",
         "",
         f"{'class':{width}}  precision  recall      f1  images",
     ]

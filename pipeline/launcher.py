@@ -38,6 +38,11 @@ def command(
         raise UserError("NPROC and NNODES are numbers of processes and hosts: 1 or more.")
     if nproc * nnodes == 1:
         return [sys.executable, *script]
+    if nnodes > 1 and "--restart" in script:
+        raise UserError(
+            "With several hosts --restart would begin anew whenever a host comes back: remove the "
+            "run's folders in models/ and models/checkpoints/ instead."
+        )
     config = _find(launcher or ("ddp" if nnodes == 1 else "hosts"))
     _check_can_run(config)
     options = ["--config_file", config, "--num_processes", nproc * nnodes]
@@ -62,7 +67,10 @@ def environment(main: str | None = None) -> dict[str, str]:
     if main is None:
         return {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(endpoint(main))  # nothing is sent: it only picks the way
+        try:
+            probe.connect(endpoint(main))  # nothing is sent: it only picks the way
+        except OSError as error:
+            raise UserError(f"This host has no way to MAIN={main}: {error}.") from None
         own = probe.getsockname()[0]
     interface = next(
         name

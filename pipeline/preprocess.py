@@ -138,11 +138,11 @@ def mix(
 
     Images float (B, 3, S, S) and labels (B,) to the same images' shape and soft labels
     (B, num_classes). `mixup` and `cutmix` are the Beta distribution's parameter; 0 is off.
+    `generator` is a CPU's.
     """
-    device = images.device
 
     def uniform() -> float:
-        return torch.rand((), device=device, generator=generator).item()
+        return torch.rand((), generator=generator).item()
 
     use_cutmix = cutmix > 0 and (mixup == 0 or uniform() < 0.5)
     share = _beta(cutmix if use_cutmix else mixup, uniform)  # of the image itself

@@ -14,7 +14,6 @@ import yaml
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.hf_argparser import string_to_bool
 
 from pipeline.errors import UserError
 from pipeline.revision import hub_commit
@@ -174,14 +173,15 @@ def load_recipe(name: str, overrides: list[str] = (), run: str | None = None) ->
     _check_keys(settings)
     given = dict(_split_override(argument) for argument in _join_values(overrides))
     _check_keys(given)
-    streaming = (settings | given).get("streaming", False)
-    beneath = DEFAULTS | STREAMED if string_to_bool(streaming) else DEFAULTS
-    settings = beneath | settings | given
+    streaming = str((settings | given).get("streaming", False)).lower() in ("true", "yes", "1")
+    settings = DEFAULTS | (STREAMED if streaming else {}) | settings | given
     # Everything through one parser, so that a file and the command line mean the same.
     arguments = [f"--{k}={_as_argument(v)}" for k, v in settings.items() if v is not None]
     run = run or re.sub("@.*", "", name.split("/")[-1]).removesuffix(path.suffix)
     arguments.append(f"--output_dir={MODELS / 'checkpoints' / run}")
     arguments.append("--remove_unused_columns=false")  # ours are not the model's
+    if "accelerator_config" not in settings:  # send a batch while the device works on the last
+        arguments.append('--accelerator_config={"non_blocking": true}')
     # The filter waits for the device at every step, and logs a diverged loss as a sound one.
     arguments.append("--logging_nan_inf_filter=false")
     if not torch.accelerator.is_available():
@@ -246,6 +246,8 @@ def _check_values(recipe: Recipe) -> None:
         raise UserError(
             "A streamed dataset has no end: say how long to train, as ARGS=--max_steps=10000."
         )
+    if recipe.data.streaming and recipe.training.ignore_data_skip:
+        raise UserError("A stream goes on where it was: leave out ignore_data_skip.")
     if recipe.augmentation.crop_padding >= 1:
         raise UserError("crop_padding is a share of the image's side: give less than 1.")
 

@@ -135,8 +135,10 @@ class ImageTrainer(Trainer):
 
         In training, augmented, and with soft labels (B, C) where images are mixed.
         """
-        inputs = super()._prepare_inputs(inputs)
-        images, labels = inputs["pixel_values"], inputs["labels"]
+        images, labels = (
+            inputs[name].to(self.args.device, non_blocking=True)
+            for name in ("pixel_values", "labels")
+        )
         if not self.model.training:
             return {"pixel_values": preprocess(images, self.processing_class), "labels": labels}
         how = self.recipe.augmentation
@@ -147,7 +149,8 @@ class ImageTrainer(Trainer):
         images = preprocess(images, self.processing_class)
         if how.mixup or how.cutmix:
             classes = self.model.config.num_labels
-            images, labels = mix(images, labels, classes, how.mixup, how.cutmix, generator)
+            draws = torch.Generator().manual_seed(seed ^ 2**62)  # asks nothing of the device
+            images, labels = mix(images, labels, classes, how.mixup, how.cutmix, draws)
         return {"pixel_values": images, "labels": labels}
 
     def loss(self, outputs, labels, num_items_in_batch=None) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Measure this pipeline side by side with what people use instead, on this machine.
 
 Prints a table, and writes results/benchmarks.json, with each figure's machine and versions, and
-results/benchmarks.png. Rows that were measured before stay there until they are measured again.
+results/benchmarks.png. Rows that were measured before stay there until they are measured again;
+those of --quick lie apart, in benchmarks_quick.json.
 """
 
 import argparse
@@ -65,7 +66,8 @@ def main() -> None:
     ]
     if arguments.quick and not arguments.rows:
         chosen.remove("demo")  # takes its minute or two whatever is asked for
-    file = arguments.results.resolve() / "benchmarks.json"
+    name = "benchmarks_quick.json" if arguments.quick else "benchmarks.json"
+    file = arguments.results.resolve() / name
     found = json.loads(file.read_text()) if file.exists() else {}
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):

@@ -39,6 +39,7 @@ def build_trainer(
             save_strategy="no",
             logging_strategy="no",
             disable_tqdm=True,
+            dataloader_drop_last=True,  # every step counts as many images
             use_cpu=not torch.accelerator.is_available(),
             **(fast_settings() if tuned else {}),
         ),

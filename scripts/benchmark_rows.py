@@ -32,7 +32,7 @@ from transformers import (
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from pipeline import environment
-from pipeline.data import Batches, decode, load_raw, load_splits
+from pipeline.data import TEST_SIZE, Batches, carve, decode, load_raw, load_splits
 from pipeline.evaluation import evaluate, predict
 from pipeline.metrics import wilson_interval
 from pipeline.model import build, build_processor, load
@@ -42,11 +42,12 @@ from pipeline.training import prepare, train
 
 ROOT = Path(__file__).parents[1]
 EPOCHS = 8  # of the headline recipe
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for the mean of so many runs
+SEEDS = 3
+T_95 = 4.303  # Student's t for the mean of so many
 STEPS = [f"--{key}_strategy=steps" for key in ("eval", "save")]
 SHORT = ["--image_size=32", "--max_steps=2", "--eval_steps=2", "--save_steps=2", *STEPS]
 UNTIMED = [f"--{key}=no" for key in ("eval_strategy", "save_strategy", "logging_strategy")]
-UNTIMED += ["--load_best_model_at_end=false", "--disable_tqdm=true"]
+UNTIMED += ["--load_best_model_at_end=false", "--disable_tqdm=true", "--dataloader_drop_last=true"]
 
 
 @dataclass
@@ -83,9 +84,10 @@ class Setting:
     recipe: str
 
     def raw(self) -> datasets.Dataset:
-        """The training images as published, columns `image` and `label`."""
+        """The training images as published, columns `image` and `label`; none that test."""
         recipe = load_recipe("vit-base", [f"--dataset={self.dataset}"])
-        return load_raw(recipe.data)["train"]
+        found = load_raw(recipe.data)
+        return (found if "test" in found else carve(found["train"], "test", TEST_SIZE))["train"]
 
     def small_vit(self) -> str:
         """A ViT of 2.7 M parameters for 32 px, 8 x 8 patches, untrained, saved."""
@@ -109,28 +111,34 @@ def preprocessing(setting: Setting) -> list[Pair]:
     raw = setting.raw()
     processor = ViTImageProcessorPil()
     count = min(len(raw), 2_000 if setting.quick else 40_000)
-    few = raw.select(range(min(count, 200 if setting.quick else 1_000)))
+    few = raw.select(range(min(count, 200 if setting.quick else 2_000)))
     repeats = 1 if setting.quick else 3
 
-    def map_floats(num_proc: int | None = None) -> datasets.Dataset:
-        return few.map(
-            lambda batch: processor([i.convert("RGB") for i in batch["image"]]),
-            batched=True,
-            batch_size=100,
-            remove_columns=["image"],
-            num_proc=num_proc,
+    decoded, mapped = [], []  # the last of each: 600 kB an image
+
+    def map_ours() -> None:
+        _remove(decoded)
+        decoded.append(decode(raw.select(range(count)), "train", 224, 3))
+
+    def map_theirs(num_proc: int | None = None) -> None:
+        _remove(mapped)
+        mapped.append(
+            few.map(
+                lambda batch: processor([i.convert("RGB") for i in batch["image"]]),
+                batched=True,
+                batch_size=100,
+                remove_columns=["image"],
+                num_proc=num_proc,
+            )
         )
 
-    decoded, mapped = [], []
     cores = os.cpu_count()
     with _no_cache():
         once = _alternate(
             repeats,
-            ours=lambda: _rate(
-                lambda: decoded.append(decode(raw.select(range(count)), "train", 224, 3)), count
-            ),
-            theirs=lambda: _rate(lambda: mapped.append(map_floats()), len(few)),
-            tuned=lambda: _rate(lambda: mapped.append(map_floats(cores)), len(few)),
+            ours=lambda: _rate(map_ours, count),
+            theirs=lambda: _rate(map_theirs, len(few)),
+            tuned=lambda: _rate(lambda: map_theirs(cores), len(few)),
         )
         batches = Batches(decoded[0])
         floats = mapped[0].with_format("torch")
@@ -173,9 +181,8 @@ def preprocessing(setting: Setting) -> list[Pair]:
              [whole(*rates) for rates in zip(once["tuned"], each["tuned"], strict=True)],
              sides="`with_transform` prepares nothing once"),
     ]  # fmt: skip
-    for dataset in (*decoded, *mapped):
-        for file in dataset.cache_files:
-            Path(file["filename"]).unlink(missing_ok=True)
+    _remove(decoded)
+    _remove(mapped)
     return pairs
 
 
@@ -202,17 +209,19 @@ def training_small(setting: Setting) -> list[Pair]:
 def equal_time(setting: Setting) -> list[Pair]:
     """Test accuracy after the same time by the clock, preparation included, same backbone.
 
-    Against the example with its faster settings on: it sees the most images in that time.
+    Recipe cpu against the example's own defaults, its image size too, with its faster settings
+    on: so it sees the most images in that time.
     """
     backbone = setting.backbone or setting.small_vit()
     options = [f"--dataset={setting.dataset}", f"--model={backbone}", *UNTIMED]
     if setting.backbone is None:
         options += ["--image_size=32"]
     accuracies, notes, intervals = [], [], []
-    for side in ("ours", "the example"):
+    for side in ("recipe cpu", "the example"):
         started = time.monotonic()
-        if side == "ours":
-            trainer = prepare(load_recipe("cpu", [*options, "--max_steps=1000000"]))
+        if side == "recipe cpu":
+            with _no_cache():  # it decodes anew
+                trainer = prepare(load_recipe("cpu", [*options, "--max_steps=1000000"]))
             shape = _warmup_and_cosine
         else:
             raw = setting.raw()
@@ -229,14 +238,15 @@ def equal_time(setting: Setting) -> list[Pair]:
         trainer.add_callback(clock)
         trainer.train()
         took = time.monotonic() - started
-        images = trainer.state.global_step * trainer.args.per_device_train_batch_size
+        batch = trainer.args.per_device_train_batch_size
+        images = trainer.state.global_step * batch
         right, total = _right(trainer, setting)
         intervals.append(wilson_interval(right, total))
         accuracies.append(100 * right / total)
         low, high = (100 * bound for bound in intervals[-1])
         notes.append(
-            f"{side}: {accuracies[-1]:.2f} % ({low:.2f} to {high:.2f}), "
-            f"{images:,} images in {took:.0f} s"
+            f"{side}, {trainer.processing_class.size['height']} px, batches of {batch}: "
+            f"{accuracies[-1]:.2f} % ({low:.2f} to {high:.2f}), {images:,} images in {took:.0f} s"
         )
         print(f"  {notes[-1]}", flush=True)
     what = "ViT of 2.7 M" if setting.backbone is None else Path(backbone).name
@@ -256,8 +266,9 @@ def one_image(setting: Setting) -> list[Pair]:
 
     model = setting.vit_base()
     images = [inference.open_picture(path) for path in inference.EXAMPLES]
+    ours_is = inference.Classifier(model)
     ours, plain = in_turn(
-        inference.Classifier(model).answer,
+        ours_is.answer,
         pipeline("image-classification", model=model, device="cpu"),
         images,
         5 if setting.quick else 40,
@@ -265,7 +276,9 @@ def one_image(setting: Setting) -> list[Pair]:
     fast = environment.fast_bfloat16()
     return [
         Pair("One image through a ViT-B/16", "ms", ours, plain, target=3 if fast else 1,
-             less_is_better=True, sides="as the Space does it, attention maps too; `pipeline()`"),
+             less_is_better=True,
+             sides=f"as the Space does it, attention maps too, {ours_is.precision}; `pipeline()`, "
+             "float32"),
     ]  # fmt: skip
 
 
@@ -294,22 +307,26 @@ def test_split(setting: Setting) -> list[Pair]:
             .transpose(0, 2, 3, 1)  # (N, 3, H, W) to (N, H, W, 3)
         ]
         found = _scoring_rates(model, processor, test, pictures, str(folder), one, setting.quick)
-        for side, how in (("ours", "float32"), ("rounded", "`--bf16`")):
-            if side == "ours" or environment.fast_bfloat16():
-                pairs.append(
-                    Pair(f"Scoring a split, {how}, {name}", "images/s",
-                         found[side], found["theirs"], found["tuned"], target=10, target_tuned=2,
-                         sides="`pipeline()` in float32, in a loop; tuned: in batches of 64")
-                )  # fmt: skip
+        theirs, tuned = found.pop("theirs"), found.pop("tuned")
+        pairs += [
+            Pair(f"Scoring a split, {how}, {name}", "images/s", ours, theirs, tuned, target=10,
+                 target_tuned=2,
+                 sides="`pipeline()` in float32, in a loop; tuned: in batches of 64")
+            for how, ours in found.items()
+        ]  # fmt: skip
     return pairs
 
 
 def _scoring_rates(model, processor, test, pictures, folder, one, quick) -> dict[str, list[float]]:
     classify = pipeline("image-classification", model=folder)
+
+    def ours(bf16: bool) -> Callable[[], float]:
+        return lambda: _rate(lambda: predict(model, processor, test, bf16=bf16), len(test))
+
     return _alternate(
         1 if quick else 3,
-        ours=lambda: _rate(lambda: predict(model, processor, test), len(test)),
-        rounded=lambda: _rate(lambda: predict(model, processor, test, bf16=True), len(test)),
+        float32=ours(bf16=False),
+        **({"`--bf16`": ours(bf16=True)} if environment.fast_bfloat16() else {}),
         theirs=lambda: _rate(lambda: [classify(image) for image in pictures[:one]], one),
         tuned=lambda: _rate(lambda: classify(pictures, batch_size=64), len(pictures)),
     )
@@ -318,7 +335,7 @@ def _scoring_rates(model, processor, test, pictures, folder, one, quick) -> dict
 def memory(setting: Setting) -> list[Pair]:
     """Peak memory of `train_vit.py`, decoding included, as the dataset grows a hundredfold."""
     few, factor = (1_000, 5) if setting.quick else (10_000, 100)
-    found = []
+    found, counts = [], []
     raw = setting.raw()
     part = raw.select(range(min(few, len(raw))))
     for copies in (-(-few // len(part)), -(-few // len(part)) * factor):
@@ -333,9 +350,10 @@ def memory(setting: Setting) -> list[Pair]:
         with _cache_in(setting.folder / f"cache-{copies}") as variables:
             found.append(_peak_megabytes(command, setting.folder / f"run-{copies}", variables))
         shutil.rmtree(folder)
-        print(f"  {copies * len(part):,} images: {found[-1]:.0f} MB", flush=True)
+        counts.append(copies * len(part))
+        print(f"  {counts[-1]:,} images: {found[-1]:.0f} MB", flush=True)
     return [
-        Pair(f"Peak memory at {factor * few:,} images over that at {few:,}",
+        Pair(f"Peak memory at {counts[1]:,} images over that at {counts[0]:,}",
              "times", [found[1] / found[0]], target=1.1,
              sides=f"{found[1]:.0f} and {found[0]:.0f} MB of all processes, mapped files apart"),
     ]  # fmt: skip
@@ -361,7 +379,8 @@ def whole_recipe(setting: Setting) -> list[Pair]:
         options += [f"--model={setting.vit_base()}"]
         options += [f"--torch_compile={torch.accelerator.is_available()}"]
     started = time.monotonic()
-    train(load_recipe("vit-base", options, "whole"))
+    with _no_cache():
+        train(load_recipe("vit-base", options, "whole"))
     minutes = (time.monotonic() - started) / 60
     what = "2 steps" if setting.quick else f"{EPOCHS} epochs"
     return [Pair(f"Recipe vit-base, {what}, validation included", "minutes", [minutes],
@@ -371,7 +390,7 @@ def whole_recipe(setting: Setting) -> list[Pair]:
 def fine_tune(setting: Setting) -> list[Pair]:
     """Test accuracy of a recipe over three seeds."""
     accuracies = []
-    for seed in range(3):
+    for seed in range(SEEDS):
         options = [f"--dataset={setting.dataset}", f"--seed={seed}", "--disable_tqdm=true"]
         if setting.backbone:
             options += [f"--model={setting.backbone}"]
@@ -381,7 +400,7 @@ def fine_tune(setting: Setting) -> list[Pair]:
         summary = train(recipe)
         accuracies.append(100 * evaluate(summary["model_folder"], recipe.data)["accuracy"])
         print(f"  seed {seed}: {accuracies[-1]:.2f} %, {summary['wall_s'] / 60:.1f} minutes")
-    reach = T_95[3] * statistics.stdev(accuracies) / 3**0.5
+    reach = T_95 * statistics.stdev(accuracies) / SEEDS**0.5
     mean = statistics.mean(accuracies)
     return [
         Pair(f"Test accuracy, recipe {Path(setting.recipe).stem}, three seeds", "%", accuracies,
@@ -522,6 +541,13 @@ def _bytes_on_disk(dataset: datasets.Dataset) -> int:
     return sum(files) or dataset.data.nbytes
 
 
+def _remove(mapped: list[datasets.Dataset]) -> None:
+    for dataset in mapped:
+        for file in dataset.cache_files:
+            Path(file["filename"]).unlink(missing_ok=True)
+    mapped.clear()
+
+
 @contextlib.contextmanager
 def _no_cache():
     """Each `map` does its work anew."""
@@ -545,9 +571,9 @@ def _peak_megabytes(command: list, folder: Path, variables: dict[str, str]) -> f
     Without mapped files: the kernel takes their pages back as it needs them.
     """
     folder.mkdir()
-    process = subprocess.Popen(
-        command, cwd=folder, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    log = folder / "log"
+    with open(log, "w") as output:
+        process = subprocess.Popen(command, cwd=folder, env=variables, stdout=output, stderr=output)
     peak = 0
     while process.poll() is None:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -556,7 +582,7 @@ def _peak_megabytes(command: list, folder: Path, variables: dict[str, str]) -> f
             peak = max(peak, sum(map(_anonymous_kb, pids)))
         time.sleep(0.05)
     if process.returncode:
-        sys.exit(f"{command[1]} ended with {process.returncode}: {process.stderr.read().decode()}")
+        sys.exit(f"{command[1]} ended with {process.returncode}:\n{log.read_text()[-2000:]}")
     return peak / 1024
 
 

@@ -105,7 +105,7 @@ def read_results(folder: Path, model: Path) -> dict:
     results = json.loads(file.read_text())
     check_same(results, model, model)
     # What was measured before it could be rounded says nothing of it.
-    if results.get("precision") == "bfloat16":
+    if results.get("dtype") == "bfloat16":
         raise UserError(
             f"The results in {folder} are a first look, in bfloat16: run "
             f"`make evaluate MODEL={model}` before you publish."

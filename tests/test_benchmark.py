@@ -21,7 +21,7 @@ def test_the_quick_benchmark_measures_every_row(tmp_path):
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
-    found = json.loads((tmp_path / "benchmarks.json").read_text())
+    found = json.loads((tmp_path / "benchmarks_quick.json").read_text())
     assert list(found) == [row for row in benchmark.ROWS if row != "demo"]
     for row in found.values():
         assert row["quick"]
@@ -32,12 +32,12 @@ def test_the_quick_benchmark_measures_every_row(tmp_path):
             assert f"| {pair['what']}, {pair['unit']} |" in result.stdout
     compared = [pair for row in found.values() for pair in row["pairs"] if pair["times"]]
     assert len(compared) >= 7
-    with Image.open(tmp_path / "benchmarks.png") as figure:
+    with Image.open(tmp_path / "benchmarks_quick.png") as figure:
         assert len(figure.convert("L").getcolors(256)) > 20  # something is drawn
 
 
 def test_a_row_measured_again_leaves_the_others(tmp_path):
-    file = tmp_path / "benchmarks.json"
+    file = tmp_path / "benchmarks_quick.json"
     kept = {"hardware": "another", "dataset": "digits", "measured": "2026-01-01", "quick": False}
     kept["pairs"] = [benchmark.summary(Pair("Kept", "s", [1.0], target=2))]
     file.write_text(json.dumps({"demo": kept}))

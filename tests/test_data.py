@@ -1,3 +1,4 @@
+import pickle
 import shutil
 import subprocess
 import sys
@@ -126,6 +127,30 @@ def test_batches_are_the_images_in_the_order_asked_for():
     assert batch["pixel_values"].shape == (3, 3, 32, 32)
     for i, row in enumerate([5, 3, 200]):
         assert torch.equal(batch["pixel_values"][i], torch.tensor(split[row]["image"]))
+        assert batch["labels"][i] == split[row]["label"]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda d: d,
+        lambda d: d.select(range(7, 31)),  # a slice, with no list of its rows
+        lambda d: d.select([30, 2, 9]),
+        lambda d: d.shuffle(seed=0).select(range(5, 25)),
+        lambda d: datasets.concatenate_datasets([d.select(range(3)), d.select([8, 5])]),
+    ],
+    ids=["whole", "slice", "chosen", "slice of shuffled", "joined"],
+)
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_batches_are_those_of_the_dataset_whatever_was_done_to_it(tmp_path, part, num_proc):
+    folder = write_parquet(tmp_path, *pets())
+    write_parquet(tmp_path, *pets(), split="test")
+    split = part(load(folder, num_proc=num_proc, only="test")["test"])
+    batches = pickle.loads(pickle.dumps(Batches(split)))  # as a worker gets it
+    rows = list(range(len(split)))[::-1]
+    batch = batches.__getitems__(rows)
+    for i, row in enumerate(rows):
+        assert np.array_equal(batch["pixel_values"][i], split[row]["image"])
         assert batch["labels"][i] == split[row]["label"]
 
 

@@ -69,7 +69,7 @@ def test_a_first_look_says_so_and_is_close(model, monkeypatch):
     whole = evaluation.evaluate(model, DIGITS)
     monkeypatch.setattr("pipeline.environment.fast_bfloat16", lambda: True)
     rounded = evaluation.evaluate(model, DIGITS, bf16=True)
-    assert (whole["precision"], rounded["precision"]) == ("float32", "bfloat16")
+    assert (whole["dtype"], rounded["dtype"]) == ("float32", "bfloat16")
     assert rounded["nll"] != whole["nll"]
     assert rounded["nll"] == pytest.approx(whole["nll"], abs=0.02)
     assert rounded["accuracy"] == pytest.approx(whole["accuracy"], abs=0.02)

@@ -274,7 +274,7 @@ def test_results_that_are_missing_or_of_another_model_stop_the_push(mine, here, 
 
 def test_results_of_a_first_look_stop_the_push(mine, here, monkeypatch):
     file = here / "results/evaluation_results.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"precision": "bfloat16"}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "bfloat16"}))
     with pytest.raises(UserError, match="first look, in bfloat16: run `make evaluate"):
         push(monkeypatch)
     assert not mine.repo_exists(REPO)

@@ -54,6 +54,11 @@ def test_one_process_needs_no_accelerate():
     assert launcher.environment(None) == {}
 
 
+def test_several_hosts_do_not_begin_anew_by_themselves():
+    with pytest.raises(UserError, match="remove the run's folders in models/"):
+        launcher.command(["train.py", "--restart"], nnodes=2, main="127.0.0.1:1234")
+
+
 def test_hosts_are_told_where_to_meet_and_which_of_them_it_is():
     command = launcher.command(["train.py"], nproc=4, nnodes=2, main="127.0.0.1:1234")
     options = dict(zip(command[3:-1:2], command[4:-1:2], strict=True))
