@@ -228,9 +228,10 @@ def equal_time(setting: Setting) -> list[Pair]:
             processor = AutoImageProcessor.from_pretrained(backbone, backend="pil")
             model = example.load_backbone(backbone, raw.features["label"].names)
             trainer = example.build_trainer(
-                raw, model, processor, 8, 1_000_000, setting.folder / "example", tuned=True
-            )
-            shape = _linear
+                raw, model, processor, example.BATCH, 1_000_000, setting.folder / "example",
+                tuned=True, accumulation=example.ACCUMULATION,
+            )  # fmt: skip
+            shape = _warmup_and_linear
         clock = _Deadline(started, setting.seconds)
         trainer.remove_callback(PrinterCallback)
         trainer.create_optimizer()
@@ -238,14 +239,14 @@ def equal_time(setting: Setting) -> list[Pair]:
         trainer.add_callback(clock)
         trainer.train()
         took = time.monotonic() - started
-        batch = trainer.args.per_device_train_batch_size
+        batch = trainer.get_total_train_batch_size(trainer.args)
         images = trainer.state.global_step * batch
         right, total = _right(trainer, setting)
         intervals.append(wilson_interval(right, total))
         accuracies.append(100 * right / total)
         low, high = (100 * bound for bound in intervals[-1])
         notes.append(
-            f"{side}, {trainer.processing_class.size['height']} px, batches of {batch}: "
+            f"{side}, {trainer.processing_class.size['height']} px, {batch} images a step: "
             f"{accuracies[-1]:.2f} % ({low:.2f} to {high:.2f}), {images:,} images in {took:.0f} s"
         )
         print(f"  {notes[-1]}", flush=True)
@@ -488,8 +489,8 @@ def _warmup_and_cosine(spent: float, warmup: float = 0.1) -> float:
     return (1 + math.cos(math.pi * (spent - warmup) / (1 - warmup))) / 2
 
 
-def _linear(spent: float) -> float:
-    return 1 - spent
+def _warmup_and_linear(spent: float, warmup: float = example.WARMUP) -> float:
+    return min(spent / warmup, (1 - spent) / (1 - warmup))
 
 
 def _throughput(trainer, warm: int, steps: int, batch: int) -> tuple[float, float]:
