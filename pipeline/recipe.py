@@ -180,12 +180,12 @@ def load_recipe(name: str, overrides: list[str] = (), run: str | None = None) ->
     run = run or re.sub("@.*", "", name.split("/")[-1]).removesuffix(path.suffix)
     arguments.append(f"--output_dir={MODELS / 'checkpoints' / run}")
     arguments.append("--remove_unused_columns=false")  # ours are not the model's
-    if "accelerator_config" not in settings:  # send a batch while the device works on the last
-        arguments.append('--accelerator_config={"non_blocking": true}')
     # The filter waits for the device at every step, and logs a diverged loss as a sound one.
     arguments.append("--logging_nan_inf_filter=false")
     if not torch.accelerator.is_available():
         arguments.append("--use_cpu=true")  # else TrainingArguments refuses bf16
+    elif "accelerator_config" not in settings:  # send a batch while the device works on the last
+        arguments.append('--accelerator_config={"non_blocking": true}')
     parser = _Parser((*OWN, TrainingArguments), allow_abbrev=False)
     try:
         *own, training = parser.parse_args_into_dataclasses(arguments)

@@ -367,7 +367,9 @@ def demo(setting: Setting) -> list[Pair]:
     for path in (".venv", "Makefile", "requirements.txt", "pipeline", "scripts", "space"):
         (folder / path).symlink_to(ROOT / path)
     started = time.monotonic()
-    subprocess.run(["make", "demo"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    result = subprocess.run(["make", "demo"], cwd=folder, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"make demo ended with {result.returncode}:\n{result.stderr[-2000:]}")
     return [Pair("`make demo` after set-up", "s", [time.monotonic() - started], target=180)]
 
 
