@@ -71,10 +71,12 @@ def main() -> None:
     test = test.select(range(min(len(test), arguments.images)))
     phases = Phases()
     phases.watch(evaluation, "preprocess", "resize, normalise")
-    phases.watch(trainer.model, "forward", "forward")
+    # Without the precision that it was trained in.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    phases.watch(model, "forward", "forward")
     with operations() as found:
         started = now()
-        evaluation.predict(trainer.model, trainer.processing_class, test)
+        evaluation.predict(model, trainer.processing_class, test)
         seconds = now() - started
     print(f"An evaluation in float32, {len(test) / seconds:.1f} images/s, profiled")
     print(phases.table(seconds))
