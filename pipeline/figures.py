@@ -145,7 +145,8 @@ def benchmark(rows: dict[str, dict], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 0.62 * len(shown) + 1.3))
     names = []
     for row, (pair, hardware) in enumerate(shown):
-        names.append(pair["what"] if one_machine else f"{pair['what']}, {hardware}")
+        name = pair["what"].replace("`", "")
+        names.append(name if one_machine else f"{name}, {hardware}")
         for side, lift, color in (("times", 0.18, BLUE), ("times_tuned", -0.18, ORANGE)):
             target = pair["target" + side.removeprefix("times")]
             if target:
