@@ -590,8 +590,9 @@ def _peak_megabytes(command: list, folder: Path, variables: dict[str, str]) -> f
 
 
 def _anonymous_kb(pid: int) -> int:
+    """Its share of what it holds, so that pages shared with a parent count once."""
     with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("RssAnon"):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss_Anon"):
                 return int(line.split()[1])
     return 0
