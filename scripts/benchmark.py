@@ -158,8 +158,12 @@ def table(pairs: list[dict]) -> str:
         cells += [_figure(pair["theirs"]), _x(pair["times"])]
         cells += [_figure(pair["tuned"]), _x(pair["times_tuned"]), _target(pair)]
         lines.append("| " + " | ".join(cells) + " |")
-    sides = [f"{pair['what']}: {pair['sides']}." for pair in pairs if pair["sides"]]
-    return "\n".join([*lines, "", *sides])
+    said = {}
+    for pair in pairs:
+        if pair["sides"]:
+            said.setdefault(pair["sides"], []).append(pair["what"])
+    notes = [f"- {'; '.join(names)}: {sides}." for sides, names in said.items()]
+    return "\n".join([*lines, "", *notes])
 
 
 def _figure(found: dict | None) -> str:

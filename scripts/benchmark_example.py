@@ -15,8 +15,8 @@ from PIL import Image, ImageOps
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 from transformers.image_processing_utils import BaseImageProcessor
 
-# The guide's, for a model that is to be good: 64 images a step. Batches of 8 with no warm-up, the
-# `Trainer`'s own, lose what the backbone knew (39 % after 30 minutes, where these are measured).
+# The guide's: 64 images a step, warmed up. Batches of 8 with no warm-up, the `Trainer`'s own, made
+# a backbone lose what it knew: see docs/performance.md.
 BATCH, ACCUMULATION, WARMUP = 16, 4, 0.1
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of torchvision's RandomResizedCrop
 
