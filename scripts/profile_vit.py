@@ -25,6 +25,7 @@ def main() -> None:
     arguments, overrides = parser.parse_known_args()
 
     # After the arguments: these take seconds.
+    from benchmark_rows import UNTIMED
     from transformers import PrinterCallback
     from transformers.utils import logging
 
@@ -33,10 +34,8 @@ def main() -> None:
 
     logging.set_verbosity_error()
     warm = 2
-    quiet = [f"--{key}=no" for key in ("eval_strategy", "save_strategy", "logging_strategy")]
-    quiet += ["--load_best_model_at_end=false", "--disable_tqdm=true"]
     steps = [f"--max_steps={warm + arguments.steps}"]
-    recipe = load_recipe(arguments.recipe, [*quiet, *overrides, *steps])
+    recipe = load_recipe(arguments.recipe, [*UNTIMED, *overrides, *steps])
     with tempfile.TemporaryDirectory() as folder:
         recipe.training.output_dir = folder
         trainer = training.prepare(recipe)

@@ -49,6 +49,24 @@ def test_another_resolution_resizes_the_position_table(backbones, kind, tmp_path
     assert torch.equal(again(pixels).logits, model.eval()(pixels).logits)
 
 
+def test_a_model_without_sdpa_is_built_and_loaded(tmp_path):
+    small = {"model_type": "convnext", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 8, 8]}
+    arguments = ModelArguments(model_config=small, image_size=96)
+    model = build(arguments, LABELS)
+    model.save_pretrained(tmp_path)
+    build_processor(arguments).save_pretrained(tmp_path)
+    again, _ = load(str(tmp_path))
+    pixels = torch.randn(2, 3, 96, 96)
+    assert torch.equal(again(pixels).logits, model.eval()(pixels).logits)
+
+
+@pytest.mark.parametrize(("size", "attention"), [(32, "eager"), (136, "sdpa")])
+def test_attention_is_eager_for_few_patches_on_a_cpu(backbones, size, attention):
+    arguments = ModelArguments(model=backbones["vit"], image_size=size)  # patches of 8
+    wanted = "sdpa" if torch.accelerator.is_available() else attention
+    assert build(arguments, LABELS).config._attn_implementation == wanted
+
+
 def test_resized_positions_keep_the_tokens_and_the_picture():
     rows = torch.linspace(0, 1, 4)[None, :, None, None].expand(1, 4, 4, 8)  # brighter downwards
     table = torch.cat([torch.full((1, 2, 8), 7.0), rows.reshape(1, 16, 8)], dim=1)
