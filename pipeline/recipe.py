@@ -100,6 +100,13 @@ class ModelArguments:
     layer_decay: float = field(
         default=1.0, metadata={"help": "learning rate of a layer over that of the one above it"}
     )
+    weight_average: float = field(
+        default=0.0,
+        metadata={
+            "help": "score and save a running average of the weights, their mean age this "
+            "share of the steps so far; 0 is off"
+        },
+    )
 
     def __post_init__(self):
         if isinstance(self.model_config, str):
@@ -242,6 +249,11 @@ def _check_values(recipe: Recipe) -> None:
         )
     if recipe.model.attention not in ("auto", "sdpa", "eager"):
         raise UserError(f'attention is "{recipe.model.attention}"; choose auto, sdpa or eager.')
+    if not 0 <= recipe.model.weight_average <= 0.5:
+        raise UserError(
+            f"weight_average is {recipe.model.weight_average}; it is a share of the steps, from 0 "
+            "(off) to 0.5 (all of them alike)."
+        )
     if recipe.data.streaming and recipe.training.max_steps <= 0:
         raise UserError(
             "A streamed dataset has no end: say how long to train, as ARGS=--max_steps=10000."

@@ -7,6 +7,7 @@
   are fixed).
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from pipeline import environment
+from pipeline.averaging import WeightAverage
 from pipeline.data import Batches, load_splits
 from pipeline.errors import UserError
 from pipeline.metrics import ImageClassification
@@ -118,6 +120,15 @@ class ImageTrainer(Trainer):
             layers = [name for name in model._no_split_modules if not name.endswith("Embeddings")]
             plugin = self.accelerator.state.fsdp_plugin
             plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or layers
+        self.average = None
+        if recipe.model.weight_average:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise UserError(
+                    "weight_average follows whole weights, and fsdp2 and deepspeed cut them: leave "
+                    "it out, or choose LAUNCHER=ddp."
+                )
+            self.average = WeightAverage(model, recipe.model.weight_average)
+            self.add_callback(self.average)
         self.remove_callback(ProgressCallback)
         if not recipe.training.disable_tqdm:
             self.add_callback(Progress())
@@ -177,10 +188,22 @@ class ImageTrainer(Trainer):
             self.optimizer = optimizer(groups, **options)
         return self.optimizer
 
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        with self.average.in_place() if self.average else contextlib.nullcontext():
+            return super().evaluate(*args, **kwargs)
+
+    def _save(self, output_dir=None, state_dict=None):
+        with self.average.in_place() if self.average else contextlib.nullcontext():
+            super()._save(output_dir, state_dict)
+        if self.average:
+            self.average.save_live(output_dir)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # they restore by themselves
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         restore(self.model, resume_from_checkpoint)
+        if self.average:
+            self.average.resume(resume_from_checkpoint)
 
     def _load_best_model(self):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
