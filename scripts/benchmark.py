@@ -89,10 +89,12 @@ def main() -> None:
         for row in chosen:
             started = time.monotonic()
             print(f"{row} …", flush=True)
+            gflops = rows.arithmetic()
             with contextlib.redirect_stderr(io.StringIO()):  # bars of every map and split
                 pairs = [summary(pair) for pair in getattr(rows, ROWS[row])(setting)]
             took = {"took_s": round(time.monotonic() - started, 1)}
-            found[row] = about | {"measured": time.strftime("%Y-%m-%d")} | took | {"pairs": pairs}
+            when = {"measured": time.strftime("%Y-%m-%d"), "gflops": gflops}
+            found[row] = about | when | took | {"pairs": pairs}
             file.write_text(json.dumps(found, indent=1))
     found = {row: found[row] for row in ROWS if row in found}
     figures.benchmark(found, file.with_suffix(".png"))
@@ -146,8 +148,19 @@ def as_text(found: dict) -> str:
     for row in found.values():
         small = ", small (QUICK)" if row["quick"] else ""
         where = f"{row['hardware']}, {row['dataset']}, {row['measured']}{small}"
-        tables.setdefault(where, []).extend(row["pairs"])
-    return "\n\n".join(f"{where}:\n\n{table(pairs)}" for where, pairs in tables.items())
+        tables.setdefault(where, []).append(row)
+    return "\n\n".join(
+        f"{where}:\n\n{table([pair for row in rows for pair in row['pairs']])}\n"
+        f"- Matrix products there: {_arithmetic(rows)}."
+        for where, rows in tables.items()
+    )
+
+
+def _arithmetic(rows: list[dict]) -> str:
+    rates = {name: [row["gflops"][name] for row in rows] for name in rows[0]["gflops"]}
+    return ", ".join(
+        f"{_number(statistics.median(found))} GFLOP/s in {name}" for name, found in rates.items()
+    )
 
 
 def table(pairs: list[dict]) -> str:

@@ -4,7 +4,6 @@ The two sides of a pair are run in turn, so that a machine that slows down slows
 """
 
 import contextlib
-import math
 import os
 import shutil
 import statistics
@@ -25,8 +24,10 @@ from transformers import (
     AutoImageProcessor,
     PrinterCallback,
     TrainerCallback,
+    TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
+    get_scheduler,
     pipeline,
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -104,6 +105,20 @@ class Setting:
     def vit_base(self) -> str:
         folder = self.folder / "vit-base"
         return str(folder) if folder.exists() else random_vit(folder)
+
+
+def arithmetic() -> dict[str, float]:
+    """10^9 operations a second of one large matrix product, in the two precisions that train:
+    processors of one name differ twofold.
+    """
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    side, found = 2048 if device.type == "cpu" else 8192, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(side, side, device=device).to(dtype)
+        found[str(dtype).removeprefix("torch.")] = statistics.median(
+            _rate(lambda a=a: (a @ a).flatten()[0].item(), 2 * side**3 / 1e9) for _ in range(5)
+        )
+    return found
 
 
 def preprocessing(setting: Setting) -> list[Pair]:
@@ -222,7 +237,6 @@ def equal_time(setting: Setting) -> list[Pair]:
         if side == "recipe cpu":
             with _no_cache():  # it decodes anew
                 trainer = prepare(load_recipe("cpu", [*options, "--max_steps=1000000"]))
-            shape = _warmup_and_cosine
         else:
             raw = setting.raw()
             processor = AutoImageProcessor.from_pretrained(backbone, backend="pil")
@@ -231,11 +245,10 @@ def equal_time(setting: Setting) -> list[Pair]:
                 raw, model, processor, example.BATCH, 1_000_000, setting.folder / "example",
                 tuned=True, accumulation=example.ACCUMULATION,
             )  # fmt: skip
-            shape = _warmup_and_linear
         clock = _Deadline(started, setting.seconds)
         trainer.remove_callback(PrinterCallback)
         trainer.create_optimizer()
-        trainer.lr_scheduler = LambdaLR(trainer.optimizer, lambda _, c=clock, s=shape: s(c.spent()))
+        trainer.lr_scheduler = LambdaLR(trainer.optimizer, _by_the_clock(trainer.args, clock))
         trainer.add_callback(clock)
         trainer.train()
         took = time.monotonic() - started
@@ -485,14 +498,20 @@ class _Deadline(TrainerCallback):
         control.should_training_stop = self.spent() >= 1
 
 
-def _warmup_and_cosine(spent: float, warmup: float = 0.1) -> float:
-    if spent < warmup:
-        return spent / warmup
-    return (1 + math.cos(math.pi * (spent - warmup) / (1 - warmup))) / 2
-
-
-def _warmup_and_linear(spent: float, warmup: float = example.WARMUP) -> float:
-    return min(spent / warmup, (1 - spent) / (1 - warmup))
+def _by_the_clock(
+    how: TrainingArguments, clock: _Deadline, steps: int = 1000
+) -> Callable[[int], float]:
+    """The schedule of the learning rate, over the time that there is in place of steps."""
+    nobody = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    warmup = how.get_warmup_steps(steps)
+    schedule = get_scheduler(
+        how.lr_scheduler_type,
+        nobody,
+        warmup,
+        steps,
+        scheduler_specific_kwargs=how.lr_scheduler_kwargs,
+    )
+    return lambda _: schedule.lr_lambdas[0](steps * clock.spent())
 
 
 def _throughput(trainer, warm: int, steps: int, batch: int) -> tuple[float, float]:

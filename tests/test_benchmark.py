@@ -1,15 +1,17 @@
 import json
 import subprocess
 import sys
+import time
 
 import benchmark
 import benchmark_example as example
 import numpy as np
 import pytest
 import torch
-from benchmark_rows import Pair
+from benchmark_rows import Pair, _by_the_clock, _Deadline
 from conftest import ROOT, draw_image
 from PIL import Image
+from transformers import TrainingArguments
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 
@@ -39,6 +41,7 @@ def test_the_quick_benchmark_measures_every_row(tmp_path):
 def test_a_row_measured_again_leaves_the_others(tmp_path):
     file = tmp_path / "benchmarks_quick.json"
     kept = {"hardware": "another", "dataset": "digits", "measured": "2026-01-01", "quick": False}
+    kept["gflops"] = {"float32": 123.4, "bfloat16": 567.8}
     kept["pairs"] = [benchmark.summary(Pair("Kept", "s", [1.0], target=2))]
     file.write_text(json.dumps({"demo": kept}))
     result = subprocess.run(
@@ -52,6 +55,8 @@ def test_a_row_measured_again_leaves_the_others(tmp_path):
     assert found["recipe"]["pairs"][0]["ours"]["median"] > 0
     assert "another, digits, 2026-01-01:" in result.stdout
     assert "| Kept, s | 1 |" in result.stdout
+    assert "products there: 123 GFLOP/s in float32, 568 GFLOP/s in bfloat16." in result.stdout
+    assert found["recipe"]["gflops"]["float32"] > 1
 
 
 def test_a_row_that_is_not_there_is_one_line():
@@ -86,6 +91,23 @@ def test_a_tuned_example_has_a_target_of_its_own():
 def test_a_figure_alone_is_held_against_its_bound(least, value, met):
     pair = Pair("x", "%", [value], target=97 if least else 2, least=least)
     assert benchmark.summary(pair)["met"] is met
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cosine", [0.5, 1, (1 + 0.5**0.5) / 2, 0]),
+        ("linear", [0.5, 1, 0.75, 0]),
+        ("constant_with_warmup", [0.5, 1, 1, 1]),
+    ],
+)
+def test_a_schedule_by_the_clock_is_that_of_the_recipe(tmp_path, name, expected):
+    how = TrainingArguments(tmp_path, lr_scheduler_type=name, warmup_steps=0.1, use_cpu=True)
+    rates = []
+    for spent in (0.05, 0.1, 0.325, 1.0):
+        clock = _Deadline(time.monotonic() - spent * 1e6, 1e6)  # of 12 days: it stands still
+        rates.append(_by_the_clock(how, clock)(0))
+    assert rates == pytest.approx(expected, abs=1e-3)
 
 
 def test_the_example_crops_and_flips_each_image_and_normalises_as_its_processor_does():
