@@ -27,9 +27,13 @@ class WeightAverage(TrainerCallback):
     def __init__(self, model: PreTrainedModel, width: float):
         self.model = model
         self.power = 1 / width - 2  # step t weighs t ** power, about
-        tensors = [*model.parameters(), *model.buffers()]
-        self.live = [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
         self.average = [tensor.clone() for tensor in self.live]
+
+    @property
+    def live(self) -> list[torch.Tensor]:
+        """The model's own tensors, asked for anew each time: accelerate may replace them."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
 
     def on_step_end(self, args, state, control, **kwargs):
         newest = (self.power + 1) / (state.global_step + self.power)  # 1 at the first step

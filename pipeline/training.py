@@ -188,14 +188,17 @@ class ImageTrainer(Trainer):
             self.optimizer = optimizer(groups, **options)
         return self.optimizer
 
+    def _averaged(self) -> contextlib.AbstractContextManager:
+        return self.average.in_place() if self.average else contextlib.nullcontext()
+
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        with self.average.in_place() if self.average else contextlib.nullcontext():
+        with self._averaged():
             return super().evaluate(*args, **kwargs)
 
     def _save(self, output_dir=None, state_dict=None):
-        with self.average.in_place() if self.average else contextlib.nullcontext():
+        with self._averaged():
             super()._save(output_dir, state_dict)
-        if self.average:
+        if self.average and self.args.should_save:  # called in every process
             self.average.save_live(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

@@ -210,10 +210,11 @@ def test_accumulated_batches_train_like_one_large_batch(tiny_recipe, here):
         torch.testing.assert_close(four[name], one[name], atol=2e-4, rtol=0)
 
 
-def test_two_processes_give_the_validation_loss_of_one(tiny_recipe, here):
+@pytest.mark.parametrize("option", ["--weight_average=0", "--weight_average=0.2"])
+def test_two_processes_give_the_validation_loss_of_one(tiny_recipe, here, option):
     # Only whole batches: of a last smaller one, two processes score some images twice.
     same = ["--crop_padding=0", "--max_steps=20", "--eval_strategy=steps", "--eval_steps=5"]
-    same += ["--save_strategy=steps", "--save_steps=5"]
+    same += ["--save_strategy=steps", "--save_steps=5", option]
     one = train(load_recipe(tiny_recipe, same, "one"))
     script = [SCRIPT, "--recipe", tiny_recipe, "--run=two", "--per_device_train_batch_size=32"]
     result = subprocess.run(
