@@ -1,0 +1,234 @@
+"""A run's folders and files, and the provenance of a result: hashes, revisions, versions, hardware.
+
+A run named `cpu` keeps its model in `models/cpu`, its checkpoints in `models/checkpoints/cpu`, and
+everything measured or drawn of that model in `results/cpu`.
+"""
+
+import hashlib
+import json
+import platform
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import httpx2
+import torch
+from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from pipeline.errors import UserError
+
+MODELS = Path("models")
+RESULTS = Path("results")
+MODEL_FILES = ("model.safetensors", "config.json", "preprocessor_config.json")
+LIBRARIES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "huggingface_hub")
+TIMEOUT = 10  # seconds, for a question to the Hub
+
+
+def last_run() -> str:
+    """Return the folder of the model trained last; UserError if there is none."""
+    runs = sorted(MODELS.glob("*/training.json"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise UserError("There is no trained model in models/: train one, or name one with MODEL=.")
+    return str(runs[-1].parent)
+
+
+def results_folder(model: str) -> Path:
+    """Return `results/<run>` of a model, a local folder or `id@revision` on the Hub."""
+    name, _ = split_revision(model)
+    return RESULTS / Path(name).expanduser().resolve().name
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Split `id@revision` in two. A local folder has no revision, even with an @ in its name."""
+    if is_local(name):
+        return name, None
+    name, _, revision = name.partition("@")
+    return name, revision or None
+
+
+def is_local(name: str) -> bool:
+    """Return whether a name is a local folder; UserError if it is a path that does not exist."""
+    if Path(name).expanduser().is_dir():
+        return True
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f'There is no folder "{name}".')
+    return False
+
+
+def model_file(model: str, file: str) -> Path | None:
+    """Return the local path of one file of a model, downloaded if need be; None if it has none."""
+    name, revision = split_revision(model)
+    if is_local(name):
+        path = Path(name).expanduser() / file
+        return path if path.is_file() else None
+    hub_commit("model", name, revision)
+    try:
+        return Path(hf_hub_download(name, file, revision=revision))
+    except (OSError, EntryNotFoundError):
+        return None
+
+
+def sha256(path: Path) -> str | None:
+    """Return the SHA-256 of a file in hexadecimal; None if there is no such file."""
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_hashes(model: str) -> dict[str, str]:
+    """Return the SHA-256 of each file that makes up a model; UserError if one is missing."""
+    paths = {file: model_file(model, file) for file in MODEL_FILES}
+    if missing := [file for file, path in paths.items() if path is None]:
+        raise UserError(f'The model "{model}" is incomplete: it has no {", ".join(missing)}.')
+    return {file: sha256(path) for file, path in paths.items()}
+
+
+def changed_files(hashes: dict[str, str], folder: Path) -> list[str]:
+    """Return the files that are missing or whose SHA-256 is not the given one."""
+    return [file for file, digest in hashes.items() if sha256(folder / file) != digest]
+
+
+def read_json(path: Path) -> dict | None:
+    """Return what a JSON file holds; None if there is no such file."""
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1), "utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, dict]:
+    """Return `manifest.json` of a results folder: see `record_files`."""
+    return read_json(folder / "manifest.json") or {}
+
+
+def record_files(
+    folder: Path, files: dict[str, str | None], weights: str, replace: str | None = None
+) -> None:
+    """Enter files in `manifest.json` of a results folder.
+
+    Args:
+        folder: `results/<run>`.
+        files: Paths below `folder`; the value says whose images a file shows: "dataset", "user",
+            or None where it shows none.
+        weights: SHA-256 of the weights the files were made from.
+        replace: Entries below this subfolder that are not in `files` are removed, with their files.
+    """
+    entries = read_manifest(folder)
+    for path in list(entries):
+        if replace and path.startswith(replace + "/") and path not in files:
+            (folder / path).unlink(missing_ok=True)
+            del entries[path]
+    entries |= {path: {"weights": weights, "images": images} for path, images in files.items()}
+    write_json(folder / "manifest.json", entries)
+
+
+def link_results(folder: Path, name: str) -> None:
+    """Make `results/<name>` a link to that file or folder of the run in `results/<run>`."""
+    link = folder.parent / name
+    if link.is_symlink():
+        link.unlink()
+    if link.exists():
+        print(f"{link} is not a link, and stays as it is; the new results are in {folder}.")
+    else:
+        link.symlink_to(Path(folder.name) / name)
+
+
+def hub_commit(repo_type: str, name: str, revision: str | None = None) -> str | None:
+    """Ask the Hub for the commit behind a name, before anything long begins.
+
+    Args:
+        repo_type: "model" or "dataset".
+        name: The repository's id.
+        revision: A branch, tag or commit; the main branch by default.
+
+    Returns:
+        The commit hash; None offline, where the cache decides.
+
+    Raises:
+        UserError: The Hub can't be reached, or has no such repository or revision.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        return (
+            HfApi()
+            .repo_info(name, repo_type=repo_type, revision=revision, timeout=TIMEOUT, token=None)
+            .sha
+        )
+    except OfflineModeIsEnabled:
+        return None
+    except RevisionNotFoundError:
+        raise UserError(f'The {repo_type} "{name}" has no revision "{revision}".') from None
+    except GatedRepoError:
+        raise UserError(
+            f'The {repo_type} "{name}" is gated: accept its terms on the Hub and log in '
+            "with `hf auth login`."
+        ) from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UserError(
+            f'There is no {repo_type} "{name}": no such local folder, and no such repository '
+            "on the Hub (a private one needs `hf auth login`)."
+        ) from None
+    except (httpx2.TransportError, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f'Cannot reach the Hub at {constants.ENDPOINT} for the {repo_type} "{name}" '
+            f"({type(error).__name__}). `make demo` needs no Hub; DATASET= and MODEL= also take "
+            "local folders; HF_ENDPOINT names another Hub; HF_HUB_OFFLINE=1 uses what is cached."
+        ) from None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that a number depends on."""
+    return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
+
+
+def hardware() -> str:
+    """Return the processor in use, as "2 cores of AMD EPYC" or "NVIDIA H100 80GB HBM3"."""
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        return (f"{count} x " if count > 1 else "") + torch.cuda.get_device_name()
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text("utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{torch.get_num_threads()} cores of {names[0] if names else cpu}"
+
+
+def code_revision() -> str | None:
+    """Return the commit of the code, with "+changes" if files differ from it; None outside git."""
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", Path(__file__).parent, *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def has_fast_bfloat16() -> bool:
+    """Return whether this machine computes in bfloat16 rather than emulate it."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
+
+
+def remove_run(run: str) -> None:
+    """Remove a run's model and checkpoints, to train it again."""
+    for folder in (MODELS / run, MODELS / "checkpoints" / run):
+        shutil.rmtree(folder, ignore_errors=True)
