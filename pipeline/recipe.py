@@ -1,26 +1,24 @@
-"""A recipe is the experiment: a YAML file of settings, and the command line that overrides it.
+"""A recipe is the experiment: a YAML file of settings, overridden by the command line.
 
-The keys are the fields of the dataclasses here and of transformers' `TrainingArguments`.
+Its keys are the fields of the dataclasses here and of transformers' `TrainingArguments`. The file
+sets the defaults of one `HfArgumentParser`, so that a value means the same in both places.
 """
 
 import difflib
 import json
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 import yaml
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from transformers import HfArgumentParser, TrainingArguments
 
 from pipeline.errors import UserError
-from pipeline.revision import hub_commit
+from pipeline.runs import MODELS, model_file
 
 RECIPES = Path(__file__).parent / "recipes"
-MODELS = Path("models")
-# Beneath every recipe: validate and save once an epoch, end with the best.
+# Under every recipe: validate and save once an epoch, and keep the best.
 DEFAULTS = {
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
@@ -30,15 +28,16 @@ DEFAULTS = {
     "logging_steps": 50,
     "report_to": "none",
 }
-# Beneath a streamed one, which has no epochs: validate and save ten times.
-STREAMED = {
+# Under a streamed one, which has no epochs: validate and save ten times.
+STREAMING_DEFAULTS = {
     "eval_strategy": "steps",
     "eval_steps": 0.1,
     "save_strategy": "steps",
     "save_steps": 0.1,
+    "ignore_data_skip": True,  # a resumed stream goes on where it was: nothing to read and drop
 }
-# Settings that say where and how fast, not what is learned: a run may go on under others.
-INCIDENTAL = {
+# Settings of speed, place and reporting: a run may be resumed under others.
+NON_SEMANTIC_KEYS = {
     "num_proc",
     "attention",
     "logging_steps",
@@ -46,7 +45,16 @@ INCIDENTAL = {
     "disable_tqdm",
     "report_to",
     "torch_compile",
+    "per_device_eval_batch_size",
+    "dataloader_num_workers",
 }
+RENAMED_KEYS = {
+    "flip": "horizontal_flip",
+    "crop_padding": "random_crop_padding",
+    "drop_path": "drop_path_rate",
+}
+# Set by the pipeline itself, with the reason where they are set.
+FIXED_KEYS = {"output_dir", "remove_unused_columns", "logging_nan_inf_filter"}
 
 
 @dataclass
@@ -61,18 +69,19 @@ class DataArguments:
     dataset_revision: str | None = field(default=None, metadata={"help": "its commit or tag"})
     image_column: str | None = field(default=None, metadata={"help": "default: the only one"})
     label_column: str | None = field(default=None, metadata={"help": "default: the only one"})
-    train_split: str = field(default="train", metadata={"help": "the split to learn from"})
+    train_split: str = field(default="train", metadata={"help": "the split to train on"})
     test_split: str = field(
-        default="test", metadata={"help": "the split to score; carved from train if there is none"}
+        default="test",
+        metadata={"help": "the split to evaluate; split off train if there is none"},
     )
     validation_size: float = field(
         default=0.05, metadata={"help": "share of train that picks the checkpoint"}
     )
     streaming: bool = field(
-        default=False, metadata={"help": "read images as they are learned from, and keep none"}
+        default=False, metadata={"help": "read images while training, and store none"}
     )
     num_proc: int | None = field(
-        default=None, metadata={"help": "processes that decode images; threads, where streaming"}
+        default=None, metadata={"help": "processes that decode images (threads if streaming)"}
     )
 
 
@@ -93,19 +102,12 @@ class ModelArguments:
         default="auto",
         metadata={"help": "implementation in training: sdpa, eager, or auto, the faster one here"},
     )
-    freeze_backbone: bool = field(default=False, metadata={"help": "train the head alone"})
-    drop_path: float = field(
-        default=0.0, metadata={"help": "stochastic depth of the last layer; less before it"}
+    freeze_backbone: bool = field(default=False, metadata={"help": "train only the head"})
+    drop_path_rate: float = field(
+        default=0.0, metadata={"help": "stochastic depth, for models whose config has it"}
     )
     layer_decay: float = field(
-        default=1.0, metadata={"help": "learning rate of a layer over that of the one above it"}
-    )
-    weight_average: float = field(
-        default=0.0,
-        metadata={
-            "help": "score and save a running average of the weights, their mean age this "
-            "share of the steps so far; 0 is off"
-        },
+        default=1.0, metadata={"help": "learning rate of a layer over that of the next one"}
     )
 
     def __post_init__(self):
@@ -119,24 +121,24 @@ class ModelArguments:
 class AugmentationArguments:
     """What is done to training images. Label smoothing is `label_smoothing_factor`."""
 
-    flip: bool = field(default=False, metadata={"help": "mirror half of the images"})
-    crop_padding: float = field(
+    horizontal_flip: bool = field(default=False, metadata={"help": "mirror half of the images"})
+    random_crop_padding: float = field(
         default=0.0, metadata={"help": "shift by up to this share of the side"}
     )
     mixup: float = field(default=0.0, metadata={"help": "Beta parameter of mixup; 0 is off"})
     cutmix: float = field(default=0.0, metadata={"help": "Beta parameter of CutMix; 0 is off"})
 
 
-OWN = (DataArguments, ModelArguments, AugmentationArguments)
-OWN_DEFAULTS = {key.name: key.default for part in OWN for key in fields(part)}
+RECIPE_GROUPS = (DataArguments, ModelArguments, AugmentationArguments)
+RECIPE_DEFAULTS = {key.name: key.default for group in RECIPE_GROUPS for key in fields(group)}
 
 
 @dataclass
 class Recipe:
     """One experiment, resolved.
 
-    `run` names its folders in `models` and `models/checkpoints`. `settings` are all values
-    that say what is learned, as they were asked for: enough to do it again.
+    `run` names its folders in `models`, `models/checkpoints` and `results`. `settings` are all
+    values that decide what is learned, as they were given: enough to repeat it.
     """
 
     run: str
@@ -155,7 +157,8 @@ class Recipe:
         return Path(self.training.output_dir)
 
     def save(self, folder: Path) -> None:
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(self.settings, sort_keys=False))
+        text = yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True)
+        (folder / "recipe.yaml").write_text(text, "utf-8")
 
 
 class _Parser(HfArgumentParser):
@@ -165,58 +168,91 @@ class _Parser(HfArgumentParser):
 
 
 def load_recipe(name: str, overrides: list[str] = (), run: str | None = None) -> Recipe:
-    """The recipe of that name, YAML file or published model (`hub:name/model@rev`).
+    """Load a recipe.
 
-    Arguments such as `--seed=1` override it. Raises UserError for no such recipe, an unknown
-    key or a value of the wrong kind.
+    Args:
+        name: A file in `pipeline/recipes`, a YAML file, or a published model as
+            `hub:name/model@rev`.
+        overrides: Arguments such as `--seed=1`.
+        run: Name of the run; by default the recipe's.
+
+    Raises:
+        UserError: There is no such recipe, a key is unknown, or a value is of the wrong kind.
     """
     path = _find(name)
-    try:
-        settings = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} is no recipe: it should hold lines of the form key: value.")
-    _check_keys(settings)
-    given = dict(_split_override(argument) for argument in _join_values(overrides))
-    _check_keys(given)
-    streaming = str((settings | given).get("streaming", False)).lower() in ("true", "yes", "1")
-    settings = DEFAULTS | (STREAMED if streaming else {}) | settings | given
-    # Everything through one parser, so that a file and the command line mean the same.
-    arguments = [f"--{k}={_as_argument(v)}" for k, v in settings.items() if v is not None]
-    run = run or re.sub("@.*", "", name.split("/")[-1]).removesuffix(path.suffix)
-    arguments.append(f"--output_dir={MODELS / 'checkpoints' / run}")
-    arguments.append("--remove_unused_columns=false")  # ours are not the model's
-    # The filter waits for the device at every step, and logs a diverged loss as a sound one.
-    arguments.append("--logging_nan_inf_filter=false")
+    settings = _read_yaml(path)
+    # `--no_KEY` as argparse has it, for a key that the file turned on.
+    overrides = [re.sub(r"^--no[_-]([^=]+)$", r"--\1=false", arg) for arg in overrides]
+    given = [arg[2:].partition("=")[0].replace("-", "_") for arg in overrides if arg[:2] == "--"]
+    _check_keys([*settings, *given])
+
+    parser = _Parser((*RECIPE_GROUPS, TrainingArguments), allow_abbrev=False)
+    streaming = settings.get("streaming") or "--streaming" in " ".join(overrides)
+    settings = DEFAULTS | (STREAMING_DEFAULTS if streaming else {}) | settings
+    # Our columns are not the model's. The filter would wait for the device at every step, and log
+    # a diverged loss as a sound one.
+    fixed = {"remove_unused_columns": False, "logging_nan_inf_filter": False}
     if not torch.accelerator.is_available():
-        arguments.append("--use_cpu=true")  # else TrainingArguments refuses bf16
+        fixed["use_cpu"] = True  # otherwise TrainingArguments refuses bf16
     elif "accelerator_config" not in settings:  # send a batch while the device works on the last
-        arguments.append('--accelerator_config={"non_blocking": true}')
-    parser = _Parser((*OWN, TrainingArguments), allow_abbrev=False)
+        fixed["accelerator_config"] = {"non_blocking": True}
+    for key, value in (settings | fixed).items():
+        # argparse checks the type of a default only where that is a string.
+        as_is = value is None or isinstance(value, (dict, list))
+        parser.set_defaults(**{key: value if as_is else str(value)})
+
+    run = run or re.sub("@.*", "", name.split("/")[-1]).removesuffix(path.suffix)
+    args = [*overrides, f"--output_dir={MODELS / 'checkpoints' / run}"]
     try:
-        *own, training = parser.parse_args_into_dataclasses(arguments)
+        *groups, training, unknown = parser.parse_args_into_dataclasses(
+            args, return_remaining_strings=True
+        )
     except (ValueError, TypeError, ImportError) as error:  # TrainingArguments' own checks
         raise UserError(f"Recipe: {error}") from None
-    resolved = {k: v for part in own for k, v in asdict(part).items()}
-    resolved |= {k: _plain(getattr(training, k)) for k in settings if k not in resolved}
-    resolved = {k: v for k, v in resolved.items() if k not in INCIDENTAL}
-    recipe = Recipe(run, *own, training, resolved)
+    if unknown:
+        raise UserError(f'Cannot read "{unknown[0]}"; settings are given as --key=value.')
+    resolved = {key: value for group in groups for key, value in asdict(group).items()}
+    for key in (*settings, *given):
+        value = getattr(training, key, None)
+        resolved.setdefault(key, getattr(value, "value", value))  # an enum as its value
+    resolved = {key: value for key, value in resolved.items() if key not in NON_SEMANTIC_KEYS}
+    recipe = Recipe(run, *groups, training, resolved)
     _check_values(recipe)
     return recipe
 
 
+def load_settings(model: str) -> dict | None:
+    """Return the settings a model was trained with, from the recipe.yaml beside it, if any."""
+    path = model_file(model, "recipe.yaml")
+    return _read_yaml(path) if path else None
+
+
+def data_arguments(model: str, dataset: str | None = None) -> DataArguments:
+    """Return the data a model was trained on, by its recipe, or `dataset` in its place.
+
+    Raises:
+        UserError: Neither is known.
+    """
+    settings = load_settings(model)
+    if settings is None and dataset is None:
+        raise UserError(f'"{model}" has no recipe.yaml: say which data to use with DATASET=.')
+    keys = [key.name for key in fields(DataArguments)]
+    data = DataArguments(**{key: settings[key] for key in keys if key in (settings or {})})
+    if dataset is None:
+        return data
+    return replace(data, dataset=dataset, dataset_config=None, dataset_revision=None)
+
+
 def _find(name: str) -> Path:
     if name.startswith("hub:"):
-        repo, _, revision = name.removeprefix("hub:").partition("@")
-        commit = hub_commit("model", repo, revision or None)
-        try:
-            return Path(hf_hub_download(repo, "recipe.yaml", revision=commit or revision or None))
-        except (OSError, EntryNotFoundError):
-            raise UserError(f'The model "{repo}" has no recipe.yaml to train by.') from None
+        model = name.removeprefix("hub:")
+        path = model_file(model, "recipe.yaml")
+        if path is None:
+            raise UserError(f'The model "{model}" has no recipe.yaml to train by.')
+        return path
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+        known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
         raise UserError(
             f'There is no recipe "{name}"; choose from {known}, name a YAML file, or a '
             "published model as hub:name/model."
@@ -224,17 +260,21 @@ def _find(name: str) -> Path:
     return path
 
 
-def _own_keys() -> set[str]:
-    return {f.name for part in OWN for f in fields(part)}
+def _read_yaml(path: Path) -> dict:
+    try:
+        settings = yaml.safe_load(path.read_text("utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} is not a recipe: it should hold lines of the form key: value.")
+    return settings
 
 
-def _check_keys(settings: dict) -> None:
-    known = (_own_keys() | {f.name for f in fields(TrainingArguments)}) - {
-        "output_dir",
-        "remove_unused_columns",
-        "logging_nan_inf_filter",
-    }
-    for key in settings:
+def _check_keys(keys: list[str]) -> None:
+    known = RECIPE_DEFAULTS.keys() | {key.name for key in fields(TrainingArguments)} - FIXED_KEYS
+    for key in keys:
+        if key in RENAMED_KEYS:
+            raise UserError(f'The recipe key "{key}" is now "{RENAMED_KEYS[key]}".')
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f'; did you mean "{near[0]}"?' if near else "."
@@ -249,46 +289,9 @@ def _check_values(recipe: Recipe) -> None:
         )
     if recipe.model.attention not in ("auto", "sdpa", "eager"):
         raise UserError(f'attention is "{recipe.model.attention}"; choose auto, sdpa or eager.')
-    if not 0 <= recipe.model.weight_average <= 0.5:
-        raise UserError(
-            f"weight_average is {recipe.model.weight_average}; it is a share of the steps, from 0 "
-            "(off) to 0.5 (all of them alike)."
-        )
     if recipe.data.streaming and recipe.training.max_steps <= 0:
         raise UserError(
             "A streamed dataset has no end: say how long to train, as ARGS=--max_steps=10000."
         )
-    if recipe.data.streaming and recipe.training.ignore_data_skip:
-        raise UserError("A stream goes on where it was: leave out ignore_data_skip.")
-    if recipe.augmentation.crop_padding >= 1:
-        raise UserError("crop_padding is a share of the image's side: give less than 1.")
-
-
-def _join_values(arguments: list[str]) -> list[str]:
-    """`--seed 1` as `--seed=1`; a lone `--flip` stays."""
-    joined = []
-    for argument in arguments:
-        if argument.startswith("--") or not joined or "=" in joined[-1]:
-            joined.append(argument)
-        else:
-            joined[-1] += f"={argument}"
-    return joined
-
-
-def _split_override(argument: str) -> tuple[str, str]:
-    if not argument.startswith("--"):
-        raise UserError(f'Cannot read "{argument}"; settings are given as --key=value.')
-    key, _, value = argument[2:].partition("=")
-    key = key.replace("-", "_")
-    if key.startswith("no_") and not value:  # as argparse has it for what is on by default
-        return key.removeprefix("no_"), "false"
-    return key, value or "true"
-
-
-def _plain(value):
-    """An enum as its value, for YAML."""
-    return getattr(value, "value", value)
-
-
-def _as_argument(value) -> str:
-    return json.dumps(value) if isinstance(value, dict) else str(value)
+    if recipe.augmentation.random_crop_padding >= 1:
+        raise UserError("random_crop_padding is a share of the image's side: give less than 1.")

@@ -1,11 +1,8 @@
-"""Fine-tune a Vision Transformer by a recipe. Run again, it resumes."""
+"""Fine-tune a Vision Transformer by a recipe. The same command resumes an interrupted run."""
 
 import argparse
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from pipeline.errors import UserError
+from pipeline.errors import run_main
 
 
 def main() -> None:
@@ -15,48 +12,41 @@ def main() -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--recipe", default="vit-base", help="its name, or a YAML file")
-    parser.add_argument("--run", help="name of the model's folder (default: the recipe's name)")
-    parser.add_argument(
-        "--restart", action="store_true", help="train anew, not on from what is there"
-    )
-    arguments, overrides = parser.parse_known_args()
+    parser.add_argument("--run", help="name of the run (default: the recipe's name)")
+    parser.add_argument("--restart", action="store_true", help="train again from the start")
+    args, overrides = parser.parse_known_args()
 
-    # After the arguments: these take seconds.
+    # After the arguments: these take seconds to import.
     from transformers.utils.logging import disable_progress_bar
 
     from pipeline.recipe import load_recipe
-    from pipeline.training import train
+    from pipeline.training.trainer import train
 
-    disable_progress_bar()  # of reading and writing weights; the one of training stays
-    recipe = load_recipe(arguments.recipe, overrides, arguments.run)
-    summary = train(recipe, restart=arguments.restart)
+    disable_progress_bar()  # of reading and writing weights; that of training stays
+    recipe = load_recipe(args.recipe, overrides, args.run)
+    summary = train(recipe, restart=args.restart)
     if recipe.training.process_index == 0:
         report(summary)
 
 
 def report(summary: dict) -> None:
     if not summary["new"]:
-        print(f"The run {summary['run']} is finished; ARGS=--restart trains it anew.")
-    validated = "Not validated: the recipe asked for none.\n"
+        print(f"The run {summary['run']} is finished; ARGS=--restart trains it again.")
+    validation = "No validation: the recipe has eval_strategy: no."
     if summary["validation_accuracy"] is not None:
-        validated = (
+        validation = (
             f"Best validation accuracy {summary['validation_accuracy']:.2%} "
-            f"({summary['validation_images']:,} images), at step {summary['best_step']}.\n"
+            f"({summary['validation_images']:,} images), at step {summary['best_step']}."
         )
     print(
         f"\nTrained {summary['epochs']:.3g} epochs over {summary['training_images']:,} images "
         f"in {summary['wall_s'] / 60:.1f} minutes on {summary['hardware']}, "
         f"{'bfloat16' if summary['precision'] == 'bf16' else 'float32'}.\n"
-        f"{validated}"
+        f"{validation}\n"
         f"Model:       {summary['model_folder']}\n"
         f"Next:        make evaluate MODEL={summary['model_folder']}"
     )
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"Error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nStopped. The same command goes on from the last checkpoint.")
+    run_main(main, "Stopped. The same command resumes from the last checkpoint.")

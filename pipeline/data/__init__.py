@@ -1,0 +1,1 @@
+"""Images in: loading, decoding, streaming, and the transforms on the device."""

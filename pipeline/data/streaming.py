@@ -1,11 +1,8 @@
-"""Learn from a dataset too large for the disk: read where it lies, decoded on the way, not kept.
+"""Train from a dataset too large for the disk: read where it lies, decoded on the way, not kept.
 
-Each process reads shards of its own, several in turns, in an order drawn anew for every epoch,
-and shuffles block by block of undecoded images in memory. So images mix within a block and
-across the shards read together: a dataset sorted by class should be mixed when it is published.
-
-Which part an image belongs to is told by a hash of its file: the same for every process, seed
-and order, with no list to keep, and equal files never lie on both sides.
+Sharding, shuffling and resuming are those of `datasets.IterableDataset`. What is added is the split
+by content: a hash of an image's file says whether it belongs to train, validation or test, the same
+for every process, seed and order, with no list to keep; equal files are never in two splits.
 """
 
 import atexit
@@ -18,290 +15,253 @@ import tempfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice, repeat
+from itertools import count, islice
 from pathlib import Path
-from typing import NamedTuple
 
 import datasets
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
-from datasets import Array3D, ClassLabel, Dataset, Features
+from datasets import Dataset, Features, IterableDataset
+from datasets.distributed import split_dataset_by_node
 from PIL import Image
 
-from pipeline.data import TEST_SIZE, column, decode, digits, load_published, open_image
+from pipeline.data.decoding import open_cell
 from pipeline.errors import UserError
-from pipeline.recipe import DataArguments
 
-READERS = 16  # shards that a process reads in turns
-MANY_SHARDS = 256  # from here on, files are not cut into their row groups: that reads each footer
-BLOCK = 2048  # images, as files, that a process holds and shuffles
-VALIDATION = 2000  # images at most, held decoded by each process
-
-
-class Example(NamedTuple):
-    file: bytes
-    label: int
-    where: str  # for messages
+NUM_OPEN_SHARDS = 16  # shards that one process reads in turns
+SHUFFLE_BUFFER = 2048  # undecoded images that one process holds and shuffles
+READ_BATCH = 128  # images, = SHUFFLE_BUFFER / NUM_OPEN_SHARDS
+RESHARD_BELOW = 256  # shards; more files are not cut into row groups, since that reads each footer
+VALIDATION_IMAGES = 2000  # at most, decoded in every process
+PREFETCH = 2  # batches decoded ahead of the one in use
+SMALL_FILE = 16_384  # bytes; below, one thread decodes faster than several that share the GIL
 
 
-class Rows:
-    """The rows of one published split, undecoded, by shard."""
+def assign_split(file: bytes, validation_size: float, test_size: float) -> str:
+    """Return "train", "validation" or "test" for an image file, by a hash of its bytes."""
+    # Not a CRC: those inside a PNG cancel its pixels out.
+    digest = hashlib.blake2b(file, digest_size=8).digest()
+    position = int.from_bytes(digest, "big") / 2**64
+    if position < validation_size:
+        return "validation"
+    return "test" if position >= 1 - test_size else "train"
 
-    def __init__(self, data: DataArguments, split: str):
-        if data.dataset == "digits":
-            published = {"train": digits().to_iterable_dataset(num_shards=8)}
-        else:
-            published = load_published(data, streaming=True)
-        named = [split] if data.test_split == DataArguments.test_split else [split, data.test_split]
-        if missing := [name for name in named if name not in published]:
-            raise UserError(
-                f'The dataset "{data.dataset}" has no split "{missing[0]}"; it has '
-                f"{', '.join(published)}."
+
+class LabeledStream:
+    """The undecoded images of one split in a published stream, as `image` and `label`.
+
+    Args:
+        stream: A published split.
+        image: Its image column.
+        label: Its label column.
+        split: Which part of it, by `assign_split`; None for all.
+        validation_size: See `assign_split`.
+        test_size: See `assign_split`.
+    """
+
+    def __init__(
+        self,
+        stream: IterableDataset,
+        image: str,
+        label: str,
+        split: str | None,
+        validation_size: float,
+        test_size: float,
+    ):
+        self.name, self.split = str(stream.split), split
+        self.sizes = (validation_size, test_size)
+        self.names = stream.features[label].names
+        stream = stream.cast_column(image, datasets.Image(decode=False))
+        stream = stream.reshard() if stream.num_shards < RESHARD_BELOW else stream
+        self.features = Features({"image": stream.features[image], "label": stream.features[label]})
+        self.rows = stream.with_format("arrow").map(
+            self._select, batched=True, batch_size=READ_BATCH, features=self.features,
+            fn_kwargs={"image": image, "label": label},
+        )  # fmt: skip
+
+    def sample(self, size: int) -> Dataset:
+        """Return at most `size` images, as many from each shard, in memory."""
+        shards = self.rows.num_shards
+        step = math.ceil(shards / size)
+        each = math.ceil(size / len(range(0, shards, step)))
+        images = [
+            example
+            for shard in range(0, shards, step)
+            for example in islice(_examples(self.rows.shard(shards, shard)), each)
+        ]
+        return self._with_rows(Dataset.from_list(images[:size], features=self.features))
+
+    def store(self) -> Dataset:
+        """Return all images, undecoded, on disk until this process ends."""
+        os.makedirs(datasets.config.HF_DATASETS_CACHE, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix="streamed-", dir=datasets.config.HF_DATASETS_CACHE)
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return self._with_rows(
+            Dataset.from_generator(
+                _examples, self.features, folder, gen_kwargs={"rows": self.rows},
+                fingerprint=os.path.basename(folder), split=self.name,
             )
-        rows = published[split]
-        if rows.features is None:
-            raise UserError(f'The dataset "{data.dataset}" does not say what its columns hold.')
-        self.image = column(rows, datasets.Image, data.image_column, "image", data.dataset)
-        self.label = column(rows, ClassLabel, data.label_column, "label", data.dataset)
-        self.split, self.names = split, rows.features[self.label].names
-        rows = rows.select_columns([self.image, self.label])
-        rows = rows.reshard() if rows.num_shards < MANY_SHARDS else rows
-        self.table = rows.cast_column(self.image, datasets.Image(decode=False))
-        self.shards = rows.num_shards
-        self.validation_size = data.validation_size
-        self.test_size = 0.0 if data.test_split in published else TEST_SIZE
+        )  # fmt: skip
 
-    def shard(self, number: int, start: int = 0) -> Iterator[Example]:
-        """From row `start` on. UserError for a row without an image or a label."""
-        for row, cells in enumerate(islice(self.table.shard(self.shards, number), start, None)):
-            cell, label = cells[self.image], cells[self.label]
-            where = f"{start + row} of shard {number}"
-            if cell is None or label is None or not 0 <= label < len(self.names):
-                raise UserError(
-                    f'The split "{self.split}", row {where}, lacks an image or a label from 0 to '
-                    f"{len(self.names) - 1}."
-                )
-            file = cell["bytes"]
-            if file is None:
-                with fsspec.open(cell["path"], "rb") as opened:
-                    file = opened.read()
-            yield Example(file, label, where)
+    @staticmethod
+    def _with_rows(dataset: Dataset) -> Dataset:
+        return dataset.add_column("row", np.arange(len(dataset))) if len(dataset) else dataset
 
-    def part(self, example: Example) -> str:
-        """train, validation, or test where none is published."""
-        # Not a CRC: those that a PNG holds cancel its pixels out.
-        digest = hashlib.blake2b(example.file, digest_size=8).digest()
-        place = int.from_bytes(digest, "big") / 2**64
-        if place < self.validation_size:
-            return "validation"
-        return "test" if place >= 1 - self.test_size else "train"
+    def _select(self, table: pa.Table, image: str, label: str) -> pa.Table:
+        """Keep the images of this split, with their content; UserError for an unusable row."""
+        table = pa.table({"image": table[image], "label": table[label]})
+        labels = table["label"].to_numpy()
+        unusable = ~((labels >= 0) & (labels < len(self.names)))  # also where it is missing: NaN
+        files = pc.struct_field(table["image"], "bytes")
+        if files.null_count:
+            paths = pc.struct_field(table["image"], "path").to_pylist()
+            files = [
+                _read(path) if file is None else file
+                for file, path in zip(files.to_pylist(), paths, strict=True)
+            ]
+            cells = [{"bytes": file, "path": path} for file, path in zip(files, paths, strict=True)]
+            unusable |= np.array([file is None for file in files])
+            images = pa.array(cells, table["image"].type)
+            table = pa.table({"image": images, "label": table["label"]})
+        if unusable.any():
+            row = table.slice(int(unusable.argmax()), 1).to_pylist()[0]
+            raise UserError(
+                f'In the split "{self.name}", the image {row["image"] and row["image"]["path"]} '
+                f"lacks its content or a label from 0 to {len(self.names) - 1}: its label is "
+                f"{row['label']}."
+            )
+        if self.split is None:
+            return table
+        files = files if isinstance(files, list) else files.to_pylist()
+        return table.filter([assign_split(file, *self.sizes) == self.split for file in files])
 
 
 class ImageStream(torch.utils.data.IterableDataset):
     """Endless training batches for one of several processes; a DataLoader leaves them as they are.
 
-    Each is {"pixel_values": uint8 (B, 3, H, W), "labels": int64 (B,)}. H and W are the images'
-    own where a batch's share one size of at most `image_size`, else `image_size`. In an epoch,
-    every image of the training part is in one batch of one process.
+    Each batch is {"pixel_values": uint8 (B, 3, H, W), "labels": int64 (B,)}. H and W are the
+    images' own where a batch's share one size of at most `image_size`, else `image_size`.
+
+    Args:
+        rows: The train split.
+        batch_size: Images in a batch.
+        image_size: Side of the model's input, in pixels.
+        resample: Pillow's filter for images that are resized.
+        seed: Of the order of shards and images.
+        rank: This process, from 0.
+        world_size: Processes that share the images.
+        num_threads: Threads that decode; by default one per core.
     """
 
     def __init__(
         self,
-        rows: Rows,
+        rows: LabeledStream,
         batch_size: int,
         image_size: int,
         resample: int,
         seed: int = 0,
-        process: int = 0,
-        processes: int = 1,
-        threads: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        num_threads: int | None = None,
     ):
-        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self.name, self.batch_size = rows.name, batch_size
         self.image_size, self.resample = image_size, resample
-        self.process, self.processes, self.threads = process, processes, threads
-        self.by_shard = rows.shards >= processes  # else each reads all, and decodes its own
-        self.start, self.skip = {"before": 0, "epoch": 0, "position": BEGINNING}, 0
-        self.blocks = deque()
+        self.num_threads = num_threads or os.cpu_count() or 1
+        self.rank, self.world_size = rank, world_size
+        stream = rows.rows.shuffle(seed, buffer_size=SHUFFLE_BUFFER,
+                                   max_buffer_input_shards=NUM_OPEN_SHARDS)  # fmt: skip
+        self.stream = split_dataset_by_node(stream, rank, world_size)
+        self.state: dict = {"epoch": 0, "stream": None}
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        # The Trainer, resumed, draws what it has seen and drops it: that costs nothing so.
-        seen = repeat({}, (self.start["before"] + self.skip) // self.batch_size)
-        return chain(seen, _ahead(self._batches(), 2))
+        for batch, self.state in prefetch(self._batches(), PREFETCH):
+            yield batch
 
-    def save(self, folder: Path, batches: int) -> None:
-        """Write where this process stands after so many batches, for `resume`."""
-        images = batches * self.batch_size
-        while len(self.blocks) > 1 and self.blocks[1]["before"] <= images:
-            self.blocks.popleft()
-        state = {"images": images, "block": self.blocks[0] if self.blocks else self.start}
-        (folder / self._file()).write_text(json.dumps(state))
+    def save(self, folder: Path) -> None:
+        """Write the position after the last batch that was given out."""
+        (folder / self._file()).write_text(json.dumps(self.state), "utf-8")
 
     def resume(self, folder: Path) -> None:
-        """Go on from where `save` was, after as many empty batches as there were before.
+        """Go on from where `save` was, as `IterableDataset.load_state_dict` does.
 
-        UserError where that was another number of processes.
+        The images that the shuffle buffer held then are skipped in that epoch.
+
+        Raises:
+            UserError: It was saved with another number of processes.
         """
         try:
-            state = json.loads((folder / self._file()).read_text())
+            self.state = json.loads((folder / self._file()).read_text("utf-8"))
         except FileNotFoundError:
             raise UserError(
-                f"{folder} is not of a streamed run in {self.processes} processes: go on with as "
-                "many as before, or begin anew with ARGS=--restart."
+                f"{folder} is not of a streamed run in {self.world_size} processes: go on with as "
+                "many as before, or start again with ARGS=--restart."
             ) from None
-        self.start, self.skip = state["block"], state["images"] - state["block"]["before"]
 
     def _file(self) -> str:
-        return f"stream_{self.process}_of_{self.processes}.json"
+        return f"stream_{self.rank}_of_{self.world_size}.json"
 
-    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        examples = (example for block in _ahead(self._blocks(), 1) for example in block)
-        examples = islice(examples, self.skip, None)
-        with ThreadPoolExecutor(self.threads or os.cpu_count()) as pool:
-            while True:
-                batch = list(islice(examples, self.batch_size))
-                images = decoded(batch, self.rows.split, self.image_size, self.resample, pool)
-                labels = torch.tensor([example.label for example in batch])
-                yield {"pixel_values": torch.from_numpy(images), "labels": labels}
+    def _batches(self) -> Iterator[tuple[dict[str, torch.Tensor], dict]]:
+        """Batches, each with the state after it."""
+        resumed = self.state["stream"] is not None
+        if resumed:
+            self.stream.load_state_dict(self.state["stream"])
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            for epoch in count(self.state["epoch"]):
+                self.stream.set_epoch(epoch)
+                is_empty = not resumed  # the rest of an epoch may be
+                for table in self.stream.iter(self.batch_size):
+                    is_empty = False
+                    state = {"epoch": epoch, "stream": self.stream.state_dict()}
+                    yield self._decode(table, pool), state
+                if is_empty:
+                    raise UserError(
+                        f'The split "{self.name}" has no training image for each of '
+                        f"{self.world_size} processes."
+                    )
+                resumed = False
 
-    def _blocks(self) -> Iterator[list[Example]]:
-        before, epoch, position = (self.start[key] for key in ("before", "epoch", "position"))
-        while True:
-            reader = Reader(self.rows, self._shards(epoch), position)
-            own, began = self._own(reader), before
-            while True:
-                self.blocks.append({"before": before, "epoch": epoch, "position": position})
-                block = list(islice(own, BLOCK))
-                if not block:
-                    break
-                np.random.default_rng((self.seed, self.process, before)).shuffle(block)
-                yield block
-                before, position = before + len(block), reader.position()
-            if position == BEGINNING and before == began:
-                raise UserError(
-                    f'The split "{self.rows.split}" has no training image for each of '
-                    f"{self.processes} processes."
-                )
-            epoch, position = epoch + 1, BEGINNING
+    def _decode(self, table: pa.Table, pool: ThreadPoolExecutor) -> dict[str, torch.Tensor]:
+        square = (self.image_size, self.image_size)
 
-    def _shards(self, epoch: int) -> list[int]:
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.rows.shards).tolist()
-        return order[self.process :: self.processes] if self.by_shard else order
+        def read(cells: list[dict]) -> list[Image.Image]:
+            images = [open_cell(cell, f'An image of the split "{self.name}"') for cell in cells]
+            return [i if max(i.size) <= self.image_size else i.resize(square, resample)
+                    for i in images]  # fmt: skip
 
-    def _own(self, reader: "Reader") -> Iterator[Example]:
-        for example in reader:
-            mine = self.by_shard or reader.read % self.processes == self.process
-            if mine and self.rows.part(example) == "train":
-                yield example
-
-
-BEGINNING = {"read": 0, "next": 0, "turn": 0, "open": []}
-
-
-class Reader:
-    """The rows of some shards, READERS of them in turns. `read` counts them."""
-
-    def __init__(self, rows: Rows, shards: list[int], position: dict):
-        self.rows, self.shards = rows, shards
-        self.read, self.next, self.turn = (position[key] for key in ("read", "next", "turn"))
-        self.open = [[shard, row, rows.shard(shard, row)] for shard, row in position["open"]]
-
-    def __iter__(self) -> Iterator[Example]:
-        while True:
-            while len(self.open) < READERS and self.next < len(self.shards):
-                shard = self.shards[self.next]
-                self.open.append([shard, 0, self.rows.shard(shard)])
-                self.next += 1
-            if not self.open:
-                return
-            self.turn %= len(self.open)
-            example = next(self.open[self.turn][2], None)
-            if example is None:
-                del self.open[self.turn]
-                continue
-            self.open[self.turn][1] += 1
-            self.turn += 1
-            self.read += 1
-            yield example
-
-    def position(self) -> dict:
-        """Plain values, as BEGINNING: of each open shard its number, and the rows read of it."""
-        opened = [[shard, row] for shard, row, _ in self.open]
-        return {"read": self.read, "next": self.next, "turn": self.turn, "open": opened}
+        resample, cells = self.resample, table["image"].to_pylist()
+        if table.nbytes < SMALL_FILE * len(cells):
+            images = read(cells)
+        else:
+            step = -(-len(cells) // self.num_threads)
+            parts = [cells[start : start + step] for start in range(0, len(cells), step)]
+            images = [image for part in pool.map(read, parts) for image in part]
+        if len({image.size for image in images}) > 1:
+            images = [i if i.size == square else i.resize(square, resample) for i in images]
+        pixels = np.stack([np.asarray(image) for image in images])  # (B, H, W, 3)
+        labels = torch.from_numpy(table["label"].to_numpy().astype(np.int64))
+        return {"pixel_values": torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()),
+                "labels": labels}  # fmt: skip
 
 
-def held_out(data: DataArguments, part: str, image_size: int, resample: int) -> Dataset:
-    """The validation or the test split of a streamed dataset, as `data.load_splits` gives it.
-
-    Validation: as many images from each shard, VALIDATION at most, in memory. Test: all, on
-    disk until this process ends. UserError where there are none.
-    """
-    rows = Rows(data, data.train_split)
-    if part == "test":
-        return _test(rows, data, image_size, resample)
-    step = math.ceil(rows.shards / VALIDATION)
-    shards = range(0, rows.shards, step)
-    examples = []
-    for shard in shards:
-        found = (example for example in rows.shard(shard) if rows.part(example) == "validation")
-        examples += islice(found, math.ceil(VALIDATION / len(shards)))
-    examples = examples[:VALIDATION]
-    if not examples:
-        raise UserError(f"No image is left for validation_size={data.validation_size}: give more.")
-    with ThreadPoolExecutor(data.num_proc or os.cpu_count()) as pool:
-        images = decoded(examples, rows.split, image_size, resample, pool)
-    label = ClassLabel(names=rows.names)
-    return Dataset.from_dict(
-        {"image": list(images), "label": [example.label for example in examples]},
-        features=Features({"image": Array3D(images.shape[1:], "uint8"), "label": label}),
-    )
-
-
-def decoded(
-    examples: list[Example], split: str, image_size: int, resample: int, pool: ThreadPoolExecutor
-) -> np.ndarray:
-    """uint8 (B, 3, H, W): see `ImageStream`."""
-    target = (image_size, image_size)
-
-    def read(example: Example) -> Image.Image:
-        image = open_image({"bytes": example.file}, split, example.where)
-        return image if max(image.size) <= image_size else image.resize(target, resample)
-
-    images = list(pool.map(read, examples))
-    if len({image.size for image in images}) > 1:
-        images = [i if i.size == target else i.resize(target, resample) for i in images]
-    return (
-        np.stack([np.asarray(i) for i in images]).transpose(0, 3, 1, 2).copy()
-    )  # from (B, H, W, 3)
-
-
-def _test(rows: Rows, data: DataArguments, image_size: int, resample: int) -> Dataset:
-    published = rows.test_size == 0
-    rows = Rows(data, data.test_split) if published else rows
-
-    def cells() -> Iterator[dict]:
-        for shard in range(rows.shards):
-            for example in rows.shard(shard):
-                if published or rows.part(example) == "test":
-                    yield {"image": {"bytes": example.file, "path": None}, "label": example.label}
-
-    os.makedirs(datasets.config.HF_DATASETS_CACHE, exist_ok=True)
-    folder = tempfile.mkdtemp(prefix="streamed-", dir=datasets.config.HF_DATASETS_CACHE)
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    features = Features({"image": datasets.Image(), "label": ClassLabel(names=rows.names)})
-    dataset = Dataset.from_generator(
-        cells, features, folder, fingerprint=os.path.basename(folder), split="test"
-    )
-    if len(dataset) == 0:
-        raise UserError(f'The dataset "{data.dataset}" has no images to test on.')
-    return decode(dataset, "test", image_size, resample, data.num_proc)
-
-
-def _ahead(items: Iterator, count: int) -> Iterator:
-    """The same endless items, in order, `count` of them fetched in the background."""
+def prefetch(items: Iterator, size: int) -> Iterator:
+    """Give the items of an endless iterator in order, `size` of them made ahead in a thread."""
     with ThreadPoolExecutor(1) as thread:
-        fetched = deque(thread.submit(next, items) for _ in range(count))
+        ahead = deque(thread.submit(next, items) for _ in range(size))
         while True:
-            item = fetched.popleft().result()
-            fetched.append(thread.submit(next, items))
-            yield item
+            ahead.append(thread.submit(next, items))
+            yield ahead.popleft().result()
+
+
+def _read(path: str | None) -> bytes | None:
+    if path is None:
+        return None
+    with fsspec.open(path, "rb") as file:
+        return file.read()
+
+
+def _examples(rows: IterableDataset) -> Iterator[dict]:
+    for table in rows.iter(READ_BATCH):
+        yield from table.to_pylist()

@@ -1,10 +1,9 @@
-"""From a batch of uint8 images to what the model sees: resize, augment, normalise, on the device.
+"""Resize, augment, normalize and mix whole batches of uint8 images on the device.
 
-Each step takes a batch and gives a batch; `preprocess` puts them together. The resize is
-Pillow's own arithmetic, so that `transformers.pipeline()`, which resizes with Pillow, shows
-the published model the very pixels it was trained on.
+The resize is Pillow's own arithmetic, so that `transformers.pipeline()`, which resizes with Pillow,
+gives the published model the pixels it was trained on.
 
-- Flip and padded crop: He et al. 2016, "Deep Residual Learning", section 4.2.
+- Horizontal flip and padded random crop: He et al. 2016, "Deep Residual Learning", section 4.2.
 - Mixup: Zhang et al. 2018, arXiv:1710.09412. CutMix: Yun et al. 2019, arXiv:1905.04899.
 """
 
@@ -26,30 +25,38 @@ CHUNK = 8  # images
 
 
 def preprocess(images: Tensor, processor) -> Tensor:
-    """What `processor` (an image processor) does, for a whole batch on its device.
+    """Do what an image processor does, for a whole batch on its device.
 
-    uint8 (B, 3, H, W) to float32 (B, 3, S, S).
+    Args:
+        images: uint8 (B, 3, H, W).
+        processor: An image processor with `size`, `resample`, `image_mean` and `image_std`.
+
+    Returns:
+        float32 (B, 3, S, S).
     """
-    size, how = processor.size["height"], (processor.image_mean, processor.image_std)
+    size, statistics = processor.size["height"], (processor.image_mean, processor.image_std)
     pixels = torch.empty(len(images), 3, size, size, device=images.device)
     # On a CPU a few images at a time, which stay in its cache between the steps.
     step = CHUNK if images.device.type == "cpu" else max(len(images), 1)
     for part, target in zip(images.split(step), pixels.split(step), strict=True):
         target.copy_(resize(part, size, processor.resample))
-        normalize_(target, processor.rescale_factor, *how)
+        normalize_(target, processor.rescale_factor, *statistics)
     return pixels
 
 
-def augment(images: Tensor, flip: bool, crop_padding: float, generator: torch.Generator) -> Tensor:
-    """Random crop after padding, and random flip. uint8 (B, 3, H, W) to the same."""
-    images = random_crop(images, crop_padding, generator) if crop_padding else images
-    return random_flip(images, generator) if flip else images
+def augment(
+    images: Tensor, horizontal_flip: bool, random_crop_padding: float, generator: torch.Generator
+) -> Tensor:
+    """Crop at random after padding, and flip at random. uint8 (B, 3, H, W) to the same."""
+    if random_crop_padding:
+        images = random_crop(images, random_crop_padding, generator)
+    return random_flip(images, generator) if horizontal_flip else images
 
 
 def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     """Mirror each image left to right with probability 1/2. (B, 3, H, W) to the same."""
-    chosen = torch.rand(len(images), device=images.device, generator=generator) < 0.5
-    return torch.where(chosen[:, None, None, None], images.flip(-1), images)
+    flipped = torch.rand(len(images), device=images.device, generator=generator) < 0.5  # (B,)
+    return torch.where(flipped[:, None, None, None], images.flip(-1), images)
 
 
 def random_crop(images: Tensor, padding: float, generator: torch.Generator) -> Tensor:
@@ -74,7 +81,7 @@ def random_crop(images: Tensor, padding: float, generator: torch.Generator) -> T
 
 
 def resize(images: Tensor, size: int, resample: int) -> Tensor:
-    """Pillow's resize to a square, bit for bit. uint8 (B, 3, H, W) to (B, 3, size, size)."""
+    """Resize to a square as Pillow does, bit for bit. uint8 (B, 3, H, W) to (B, 3, size, size)."""
     # Separable: along the width first, rounded to 8 bits in between, as Pillow does.
     # float64 holds the products of 8-bit pixels and 22-bit weights exactly.
     dtype = torch.float32 if images.device.type == "mps" else torch.float64
@@ -88,14 +95,14 @@ def resize(images: Tensor, size: int, resample: int) -> Tensor:
     return images
 
 
-@lru_cache(maxsize=16)  # a copy to the device would wait for all that it has to do
+@lru_cache(maxsize=16)  # copying to the device on every call would stall its queue
 def resize_weights(
     size: int, new_size: int, resample: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """The weights of each source pixel in each target pixel: (new_size, size) on the device.
+    """Return the weight of each source pixel in each target pixel: (new_size, size) on the device.
 
     Pillow's `precompute_coeffs`: the filter is widened when shrinking (antialiasing), cut
-    at the border, normalised, and rounded to `PRECISION_BITS`. ValueError for a filter
+    at the border, normalized, and rounded to `PRECISION_BITS`. ValueError for a filter
     other than bilinear, bicubic or Lanczos.
     """
     if resample not in FILTERS:
@@ -116,7 +123,7 @@ def resize_weights(
 
 
 def normalize_(images: Tensor, factor: float, mean: list[float], std: list[float]) -> Tensor:
-    """Pixel values (B, 3, S, S), in place: times `factor`, less `mean`, over `std`."""
+    """Scale pixel values (B, 3, S, S) by `factor`, subtract `mean`, divide by `std`; in place."""
     mean, std = (_by_channel(tuple(values), images.device) for values in (mean, std))
     return images.mul_(factor).sub_(mean).div_(std)
 
@@ -134,11 +141,18 @@ def mix(
     cutmix: float,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Mixup or CutMix of the batch with itself reversed, one of them by chance if both are on.
+    """Mix a batch with itself reversed, by mixup or CutMix; one of them by chance if both are on.
 
-    Images float (B, 3, S, S) and labels (B,) to the same images' shape and soft labels
-    (B, num_classes). `mixup` and `cutmix` are the Beta distribution's parameter; 0 is off.
-    `generator` is a CPU's.
+    Args:
+        images: float (B, 3, S, S).
+        labels: int64 (B,).
+        num_classes: Width of the soft labels.
+        mixup: Parameter of the Beta distribution; 0 is off.
+        cutmix: Likewise.
+        generator: On the CPU.
+
+    Returns:
+        Images float (B, 3, S, S) and soft labels (B, num_classes).
     """
 
     def uniform() -> float:

@@ -1,33 +1,28 @@
-"""Score a model on a split, and write down what came of it and from what.
+"""Evaluate a model on a split, and save its metrics with their provenance.
 
-The results carry the hashes of the weights and of the image processor, so that whatever is
-made of them later (card, push, Space) can refuse another model's.
+The results carry the hashes of the weights and of the image processor, so that whatever is made
+of them later (card, push, Space) can refuse another model's.
 """
 
-import hashlib
-import json
-import os
 import time
-from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
-from huggingface_hub import hf_hub_download
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
-from pipeline import environment, familiarity
-from pipeline.data import Batches, content_hash, load_splits
+from pipeline import runs
+from pipeline.data.decoding import DecodedImages, content_hash
+from pipeline.data.loading import load_splits
+from pipeline.data.transforms import preprocess
 from pipeline.errors import UserError
-from pipeline.metrics import ImageClassification
-from pipeline.model import load
-from pipeline.preprocess import preprocess
-from pipeline.recipe import DataArguments
-from pipeline.revision import hub_commit, is_local
-
-FILES = ("model.safetensors", "config.json", "preprocessor_config.json")
+from pipeline.evaluation import ood
+from pipeline.evaluation.metrics import ImageClassification
+from pipeline.recipe import DataArguments, load_settings
+from pipeline.training.model import load_model
 
 
 def evaluate(
@@ -37,48 +32,57 @@ def evaluate(
     batch_size: int = 128,
     bf16: bool = False,
 ) -> dict:
-    """Score a model, a folder or `id@revision` on the Hub, on one split, in float32.
+    """Evaluate a model on one split, in float32.
 
-    `bf16` scores it in bfloat16 where that is fast: for a quick look, not to be published.
-    Returns the results as plain values for JSON: the metrics of `ImageClassification`, and
-    what they were computed from. `predictions` and `confidences` hold each image's, in
-    order, `familiarity` what `measure_familiarity` found, and `recipe` the settings the model
-    was trained by, its seed among them, where they are known. UserError for a model or dataset
-    that can't be had, or whose classes differ.
+    Args:
+        name: A local folder, or `id@revision` on the Hub.
+        data: The dataset.
+        split: "test" or "validation".
+        batch_size: Images at once in each process.
+        bf16: Evaluate in bfloat16 where that is fast: for a quick look, not to be published.
+
+    Returns:
+        Plain values for JSON: the metrics of `ImageClassification`, what they were computed from,
+        each image's prediction and confidence in order, `ood` (see `measure_ood`), and the
+        settings the model was trained with, where they are known.
+
+    Raises:
+        UserError: The model or the dataset can't be loaded, or their classes differ.
     """
-    if bf16 and not environment.fast_bfloat16():
+    if bf16 and not runs.has_fast_bfloat16():
         bf16 = False
-        print("This processor is not made for bfloat16: scoring in float32.")
-    recipe = recipe_of(name)
-    name, revision = split_revision(name)
-    model, processor = load(name, revision)
+        print("This processor emulates bfloat16: evaluating in float32.")
+    settings = load_settings(name)
+    model, processor = load_model(name)
     size = processor.size["height"]
-    dataset = load_splits(data, size, processor.resample, only=split)[split]
+    splits = load_splits(data, size, processor.resample, split, "validation")
+    dataset = splits[split]
     labels = dataset.features["label"].names
-    known = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    if known != labels:
+    model_labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    if model_labels != labels:
         raise UserError(
-            f'"{name}" tells apart {_some(known)}; the dataset "{data.dataset}" '
-            f"has {_some(labels)}."
+            f'"{name}" classifies {_list_classes(model_labels)}; the dataset "{data.dataset}" has '
+            f"{_list_classes(labels)}."
         )
     started = time.monotonic()
-    logits, truth = predict(model, processor, dataset, batch_size, split, bf16)
+    logits, truth = predict(model, processor, dataset, batch_size, bf16)
     wall = time.monotonic() - started
-    familiar = measure_familiarity(model, processor, data, logits, split, batch_size, bf16)
     metric = ImageClassification(keep_in_memory=True)
     scores = metric.compute(predictions=logits.numpy(), references=truth.numpy())
+    hub_name, revision = runs.split_revision(name)
+    is_local = runs.is_local(hub_name)
     return {
         "model": {
-            "name": name,
-            "revision": revision if is_local(name) else hub_commit("model", name, revision),
-            "sha256": hashes(name, revision),
+            "name": hub_name,
+            "revision": None if is_local else runs.hub_commit("model", hub_name, revision),
+            "sha256": runs.model_hashes(name),
             "parameters": sum(p.numel() for p in model.parameters()),
             "image_size": size,
         },
         "dataset": {
             "name": data.dataset,
             "config": data.dataset_config or dataset.info.config_name,
-            "revision": dataset_revision(data),
+            "revision": _dataset_revision(data),
             "split": split,
             "images": len(dataset),
             "sha256": content_hash(dataset),
@@ -87,35 +91,36 @@ def evaluate(
         **scores,
         "predictions": logits.argmax(dim=1).tolist(),
         "confidences": [round(p, 4) for p in logits.softmax(dim=1).amax(dim=1).tolist()],
-        "familiarity": familiar,
-        "recipe": recipe,
+        "ood": measure_ood(
+            model, processor, splits["validation"], logits, split, data, batch_size, bf16
+        ),
+        "recipe": settings,
         "dtype": "bfloat16" if bf16 else "float32",
         "wall_s": round(wall, 1),
-        "hardware": environment.hardware(),
-        "versions": environment.versions(),
-        "code_revision": environment.code_revision(),
+        "hardware": runs.hardware(),
+        "versions": runs.versions(),
+        "code_revision": runs.code_revision(),
     }
 
 
 def predict(
-    model,
-    processor,
-    dataset,
-    batch_size: int = 128,
-    what: str = "images",
-    bf16: bool = False,
+    model: PreTrainedModel, processor, dataset: Dataset, batch_size: int = 128, bf16: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits float32 (N, C) and labels (N,), in the dataset's order, from all processes."""
+    """Classify a decoded dataset, in all processes.
+
+    Returns:
+        Logits float32 (N, C) and labels (N,), in the dataset's order.
+    """
     accelerator = Accelerator()
-    loader = DataLoader(Batches(dataset), batch_size, collate_fn=Batches.collate)
+    loader = DataLoader(DecodedImages(dataset), batch_size, collate_fn=DecodedImages.collate)
     # Not the model: it is not trained, so each process keeps a copy of its own.
     model, loader = model.to(accelerator.device).eval(), accelerator.prepare(loader)
     logits, labels = [], []
-    rounded = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16)
+    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16)
     with torch.inference_mode():
-        for batch in tqdm(loader, f"Scoring {what}", disable=not accelerator.is_main_process):
+        for batch in tqdm(loader, "Predicting", disable=not accelerator.is_main_process):
             pixels = preprocess(batch["pixel_values"], processor)  # the same in either precision
-            with rounded:
+            with autocast:
                 output = model(pixels).logits.float()
             output, truth = accelerator.gather_for_metrics((output, batch["labels"]))
             logits.append(output.cpu())
@@ -123,44 +128,67 @@ def predict(
     return torch.cat(logits), torch.cat(labels)
 
 
-def measure_familiarity(
-    model, processor, data: DataArguments, logits: torch.Tensor, split: str, batch_size: int,
-    bf16: bool = False,
+def measure_ood(
+    model, processor, validation: Dataset, logits: torch.Tensor, split: str, data: DataArguments,
+    batch_size: int = 128, bf16: bool = False,
 ) -> dict:  # fmt: skip
-    """The threshold fitted on validation, and the share of images that reach it: of validation,
-    of the split with these logits (N, C), and of pictures of other things. See `familiarity`.
+    """Fit the OOD threshold on validation, and measure how many images pass it.
+
+    Args:
+        model: An image classifier.
+        processor: Its image processor.
+        validation: Decoded.
+        logits: float (N, C), of the evaluated split.
+        split: Its name.
+        data: The dataset; one that is itself among the OOD datasets is left out there.
+        batch_size: See `evaluate`.
+        bf16: See `evaluate`.
+
+    Returns:
+        The `threshold`, the `pass_rate` of validation and of the split, and that of each of the
+        `ood_datasets`.
     """
-    size, resample = processor.size["height"], processor.resample
 
-    def scored(dataset, what: str) -> torch.Tensor:
-        return predict(model, processor, dataset, batch_size, what, bf16)[0]
+    def predict_logits(dataset: Dataset) -> torch.Tensor:
+        return predict(model, processor, dataset, batch_size, bf16)[0]
 
-    splits = load_splits(data, size, resample, only="validation")
-    validation = scored(splits["validation"], "validation")
-    others = familiarity.other_pictures(size, resample)
+    validation_logits = predict_logits(validation)
+    others = ood.ood_datasets(processor.size["height"], processor.resample)
     if data.dataset == "digits":
         del others["handwritten digits"]
-    threshold = familiarity.fit(validation)
+    threshold = ood.fit_threshold(validation_logits)
     return {
         "score": "energy",
         "threshold": threshold,
-        "validation": familiarity.share(validation, threshold),
-        split: familiarity.share(logits, threshold),
-        "others": {n: familiarity.share(scored(d, n), threshold) for n, d in others.items()},
+        "target_tpr": ood.TARGET_TPR,
+        "pass_rate": {
+            "validation": ood.pass_rate(validation_logits, threshold),
+            split: ood.pass_rate(logits, threshold),
+        },
+        "ood_datasets": {
+            name: ood.pass_rate(predict_logits(other), threshold) for name, other in others.items()
+        },
     }
 
 
-def write(results: dict, folder: Path) -> None:
-    """`evaluation_results.json` for programs and `evaluation_results.txt` for people."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "evaluation_results.json").write_text(json.dumps(results, indent=1))
-    (folder / "evaluation_results.txt").write_text(as_text(results))
+def save(results: dict, folder: Path) -> None:
+    """Save `evaluation_results.json`, and `.txt` to read, in a run's results folder."""
+    runs.write_json(folder / "evaluation_results.json", results)
+    (folder / "evaluation_results.txt").write_text(as_text(results), "utf-8")
+    runs.record_files(
+        folder,
+        {"evaluation_results.json": None, "evaluation_results.txt": None},
+        results["model"]["sha256"]["model.safetensors"],
+    )
+    runs.link_results(folder, "evaluation_results.txt")
 
 
 def as_text(results: dict) -> str:
+    """Return the results as a report to read."""
     low, high = results["accuracy_interval"]
-    model, dataset = results["model"], results["dataset"]
-    familiar = results["familiarity"]
+    model, dataset, rates = results["model"], results["dataset"], results["ood"]
+    revision = f" @ {model['revision']}" if model["revision"] else ""
+    others = ", ".join(f"{name} {rate:.1%}" for name, rate in rates["ood_datasets"].items())
     width = max(len(label) for label in results["labels"])
     lines = [
         f"Accuracy       {results['accuracy']:.2%}  (95 % interval {low:.2%} to {high:.2%})",
@@ -168,14 +196,13 @@ def as_text(results: dict) -> str:
         f"NLL            {results['nll']:.4f}",
         f"ECE            {results['ece']:.4f}",
         "",
-        f"Model          {model['name']}"
-        + (f" @ {model['revision']}" if model["revision"] else "")
-        + f", {model['image_size']} px, {model['parameters'] / 1e6:.1f} M parameters",
+        f"Model          {model['name']}{revision}, {model['image_size']} px, "
+        f"{model['parameters'] / 1e6:.1f} M parameters",
         f"Weights        sha256 {model['sha256']['model.safetensors']}",
         f"Dataset        {dataset['name']}, split {dataset['split']}, {dataset['images']:,} images",
-        f"Familiar       {familiar[dataset['split']]:.1%} of these images pass as like those it "
-        "was trained on; of " + ", of ".join(f"{n} {s:.1%}" for n, s in familiar["others"].items()),
-        f"Scored in      {results['wall_s']} s on {results['hardware']}, {results['dtype']}",
+        f"OOD detection  images taken for in-distribution (energy score): {dataset['split']} "
+        f"{rates['pass_rate'][dataset['split']]:.1%}, {others}",
+        f"Evaluated in   {results['wall_s']} s on {results['hardware']}, {results['dtype']}",
         "",
         f"{'class':{width}}  precision  recall      f1  images",
     ]
@@ -187,67 +214,11 @@ def as_text(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def split_revision(name: str) -> tuple[str, str | None]:
-    """`id@revision` as its two parts."""
-    name, _, revision = name.partition("@")
-    return name, revision or None
-
-
-def hashes(name: str, revision: str | None = None) -> dict[str, str]:
-    """SHA-256 of each file that makes up a model."""
-    local = is_local(name)
-    folder = Path(os.path.expanduser(name))
-    digests = {}
-    for file in FILES:
-        path = folder / file if local else hf_hub_download(name, file, revision=revision)
-        with open(path, "rb") as opened:
-            digests[file] = hashlib.file_digest(opened, "sha256").hexdigest()
-    return digests
-
-
-def recipe_of(name: str) -> dict | None:
-    """The settings that a model was trained by, from the recipe.yaml beside it, if any."""
-    name, revision = split_revision(name)
-    if is_local(name):
-        path = Path(os.path.expanduser(name)) / "recipe.yaml"
-    else:
-        hub_commit("model", name, revision)
-        try:
-            path = Path(hf_hub_download(name, "recipe.yaml", revision=revision))
-        except OSError:
-            return None
-    return yaml.safe_load(path.read_text()) if path.is_file() else None
-
-
-def data_of(name: str, dataset: str | None = None) -> DataArguments:
-    """The data that a model was trained on, by its recipe, or `dataset` in its place.
-
-    UserError where neither is known.
-    """
-    settings = recipe_of(name)
-    if settings is None and dataset is None:
-        raise UserError(f'"{name}" has no recipe.yaml: say which data to use with DATASET=.')
-    names = [field.name for field in fields(DataArguments)]
-    data = DataArguments(**{key: settings[key] for key in names if key in (settings or {})})
-    if dataset is None:
-        return data
-    return replace(data, dataset=dataset, dataset_config=None, dataset_revision=None)
-
-
-def last_run() -> str:
-    """The folder of the model that was trained last; UserError where there is none."""
-    runs = sorted(Path("models").glob("*/training.json"), key=lambda p: p.stat().st_mtime)
-    if not runs:
-        raise UserError("There is no trained model in models/: train one, or name one with MODEL=.")
-    return str(runs[-1].parent)
-
-
-def dataset_revision(data: DataArguments) -> str | None:
-    if data.dataset == "digits" or is_local(data.dataset):
+def _dataset_revision(data: DataArguments) -> str | None:
+    if data.dataset == "digits" or runs.is_local(data.dataset):
         return None
-    return hub_commit("dataset", data.dataset, data.dataset_revision)
+    return runs.hub_commit("dataset", data.dataset, data.dataset_revision)
 
 
-def _some(labels: list[str]) -> str:
-    shown = ", ".join(labels[:3])
-    return f"{len(labels)} classes ({shown}{', …' if len(labels) > 3 else ''})"
+def _list_classes(labels: list[str]) -> str:
+    return f"{len(labels)} classes ({', '.join(labels[:3])}{', …' if len(labels) > 3 else ''})"

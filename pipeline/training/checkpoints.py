@@ -1,0 +1,61 @@
+"""Find a run's last complete checkpoint, restore weights from it, and compare recipes."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from pipeline.errors import UserError
+from pipeline.recipe import NON_SEMANTIC_KEYS, RECIPE_DEFAULTS, Recipe
+
+
+def restore(model: PreTrainedModel, checkpoint: str | os.PathLike) -> None:
+    """Load a checkpoint's weights into the live model, all of them or none."""
+    saved = type(model).from_pretrained(checkpoint, dtype=torch.float32)
+    model.load_state_dict(saved.state_dict(), strict=True)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint; incomplete ones are skipped with a warning."""
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    for checkpoint in reversed(checkpoints):
+        if _is_complete(checkpoint):
+            return checkpoint
+        print(f"Skipping {checkpoint}: it was not written to its end.")
+    return None
+
+
+def check_same_recipe(recipe: Recipe) -> None:
+    """Raise UserError if the run's folders hold a run of another recipe."""
+    for folder in (recipe.model_folder, recipe.checkpoint_folder):
+        file = folder / "recipe.yaml"
+        if not file.exists():
+            continue
+        # Keys that are younger than the file had their default.
+        before, now = RECIPE_DEFAULTS | yaml.safe_load(file.read_text("utf-8")), recipe.settings
+        keys = (before.keys() | now.keys()) - NON_SEMANTIC_KEYS
+        changed = sorted(key for key in keys if before.get(key) != now.get(key))
+        if changed:
+            examples = "; ".join(
+                f"{key} is {now.get(key)} now, {before.get(key)} there" for key in changed[:3]
+            )
+            raise UserError(
+                f"{folder} holds a run of another recipe ({examples}). Name this run with "
+                "ARGS=--run=NAME, or replace that one with ARGS=--restart."
+            )
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        # Written last, so that what it needs was written before.
+        json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+        with safe_open(checkpoint / "model.safetensors", "pt"):
+            pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    # The optimizer's state, as the Trainer, FSDP or DeepSpeed writes it.
+    return any((checkpoint / name).exists() for name in ("optimizer.pt", "optimizer.bin", "latest"))
