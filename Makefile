@@ -1,41 +1,33 @@
-# Every target sets up the environment first, so any of them works on a bare machine.
-PYTHON ?= python3#           the Python (3.11) that the environment is made from
-RECIPE ?= vit-base#          a name in pipeline/recipes, or a YAML file
-DATASET ?=#                  a Hub id, a local folder, or digits (default: the recipe's)
-MODEL ?=#                    a Hub id or a local folder (default: the recipe's; once trained: the last run)
-REPO ?=#                     name/model on the Hub, to push to; name/model@rev, to verify; name/space
-MODEL_REPO ?=#               space: the model it shows, name/model or name/model@rev
-TAG ?=#                      push: a tag, set once the download is verified
-DRY_RUN ?=#                  push, space: 1 sends nothing, and shows what would change
-PRIVATE ?=#                  push, space: 1 makes a new repository private
-PR ?=#                       push: 1 proposes it as a pull request
-FULL ?=#                     push, verify: 1 classifies all test images, not 1,000
-SHARE ?=#                    app: 1 makes a public link
-QUICK ?=#                    bench: 1 measures all of it small, in 3 minutes
-ROWS ?=#                     bench: some rows only, as in ROWS="train-base memory"
-NPROC ?= 1#                  processes on each host, started by accelerate
-LAUNCHER ?=#                 ddp, hosts, fsdp2 or deepspeed (default: ddp; hosts where NNODES says so)
-NNODES ?= 1#                 hosts: the same command on each, in any order
-MAIN ?=#                     NNODES: host:port of the first, where all meet
-STREAMING ?=#                train: 1 reads images on the way and keeps none; say --max_steps in ARGS
-ARGS ?=#                     anything else, as in ARGS="--learning_rate=2e-4 --seed=1"
+# Every target sets up the environment first, so that any of them works on a new machine.
+PYTHON ?= python3#       the Python (3.11 or newer) that the environment is made from
+RECIPE ?= vit-base#      a name in pipeline/recipes, a YAML file, or hub:name/model
+DATASET ?=#              a Hub id, a local folder, or digits (default: the recipe's)
+MODEL ?=#                a Hub id or a local folder (default: the recipe's, or the last run)
+REPO ?=#                 name/model or name/space on the Hub
+NPROC ?= 1#              processes on each host
+LAUNCHER ?= ddp#         for several processes: ddp, fsdp2 or deepspeed
+NNODES ?= 1#             hosts; start the same command on each
+MAIN ?=#                 for several hosts: host:port of the first one
+ARGS ?=#                 options of the script, as in ARGS="--learning_rate=2e-4 --seed=1"
 
 BIN := .venv/bin
-PUSH = $(if $(MODEL),--model $(MODEL)) $(if $(TAG),--tag $(TAG)) $(if $(DRY_RUN),--dry_run) \
-	$(if $(PRIVATE),--private) $(if $(PR),--pr)
-REHEARSE = $(BIN)/python scripts/local_hub.py --root results/demo/hub --run $(BIN)/python
-CHECK = $(if $(FULL),--full) $(if $(DATASET),--dataset $(DATASET)) $(ARGS)
-SELECT = $(if $(DATASET),--dataset $(DATASET)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
-LAUNCH = $(BIN)/python scripts/launch.py --nproc $(NPROC) --nnodes $(NNODES) \
-	$(if $(LAUNCHER),--launcher $(LAUNCHER)) $(if $(MAIN),--main $(MAIN))
+PY = $(BIN)/python
+SELECT = $(if $(DATASET),--dataset "$(DATASET)") $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+PROCESSES = $(PY) -m accelerate.commands.launch --config_file pipeline/launchers/$(LAUNCHER).yaml \
+	--num_processes $(NPROC)
+# Without the variable (torch 2.13), a host that stays looks for the store of one that is gone.
+HOSTS = TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 $(PY) -m torch.distributed.run --nnodes $(NNODES) \
+	--nproc-per-node $(NPROC) --rdzv-backend=c10d --rdzv-endpoint=$(MAIN) --max-restarts=3 --
+LAUNCH = $(if $(filter-out 1,$(NNODES)),$(HOSTS),$(if $(filter-out 1,$(NPROC)),$(PROCESSES),$(PY)))
+LOCAL_HUB = $(PY) -m local_hub --root results/demo/hub --run $(PY)
 
-help: ## list the targets and their variables
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
-	@sed -nE 's/^([A-Z_]+) \?= ?(.*)# +(.*)/  \1=\2\t\3/p' Makefile | expand -t 18
+help: ## list targets and variables
+	@sed -nE 's/^([a-z-]+):.*## (.*) \| (.*)/  \1\t\2\n\t  \3/p; s/^([a-z-]+):.*## ([^|]*)$$/  \1\t\2/p' Makefile | expand -t 14
+	@sed -nE 's/^([A-Z]+) \?= ?(.*)# +(.*)/  \1=\2\t\3/p' Makefile | expand -t 20
 
-setup: .venv/.runs ## make .venv from requirements.txt
+setup: .venv/.runs ## make .venv from requirements.txt | make setup PYTHON=python3.12
 
-.venv/.runs: requirements.txt
+.venv/.runs: requirements.txt pyproject.toml
 	@echo "Setting up .venv, a minute or two"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
@@ -45,51 +37,54 @@ setup: .venv/.runs ## make .venv from requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-train: setup ## fine-tune by RECIPE; run again, it resumes
-	$(LAUNCH) scripts/train_vit.py --recipe $(RECIPE) $(if $(STREAMING),--streaming) $(SELECT)
+train: setup ## fine-tune by RECIPE; run again to resume | make train RECIPE=cpu ARGS="--seed=1 --run=second"
+	$(LAUNCH) scripts/train_vit.py --recipe "$(RECIPE)" $(SELECT)
 
-evaluate: setup ## score MODEL on the test split
+evaluate: setup ## evaluate MODEL on the test split | make evaluate MODEL=models/cpu
 	$(LAUNCH) scripts/evaluate_vit.py $(SELECT)
 
-visualize: setup ## draw where MODEL looks, and measure how faithful that is
-	$(BIN)/python scripts/visualize_attention.py $(SELECT)
+visualize: setup ## draw MODEL's attention, and measure how faithful it is | make visualize ARGS="--images cat.jpg"
+	$(PY) scripts/visualize_attention.py $(SELECT)
 
-push: setup ## publish MODEL as REPO: one commit, verified, then tagged
-	$(BIN)/python scripts/push_to_hub.py "$(REPO)" $(PUSH) $(CHECK)
+push: setup ## publish MODEL as REPO in one verified commit | make push REPO=you/vit-cifar10 ARGS="--tag v1"
+	$(PY) scripts/push_to_hub.py "$(REPO)" $(SELECT)
 
-verify: setup ## download REPO and measure whether it keeps what its card says
-	$(BIN)/python scripts/push_to_hub.py "$(REPO)" --verify_only $(CHECK)
+verify: setup ## download REPO and check what its card says | make verify REPO=you/vit-cifar10@v1
+	$(PY) scripts/push_to_hub.py "$(REPO)" --verify_only $(SELECT)
 
-app: setup ## open the Space here, on MODEL
-	MODEL_ID="$(MODEL)" SHARE="$(SHARE)" $(BIN)/python space/app.py
+app: setup ## open the Space on this machine, with MODEL | make app MODEL=models/cpu
+	MODEL_ID="$(MODEL)" $(PY) space/app.py
 
-space: setup ## publish the Space as REPO, showing MODEL_REPO
-	$(BIN)/python scripts/deploy_space.py "$(REPO)" --model_repo "$(MODEL_REPO)" \
-		$(if $(DRY_RUN),--dry_run) $(if $(PRIVATE),--private)
+space: setup ## publish the Space as REPO, showing MODEL | make space REPO=you/look MODEL=you/vit-cifar10
+	$(PY) scripts/deploy_space.py "$(REPO)" $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
-hub: setup ## a local Hub, to rehearse a publication; see ARGS=--help
-	$(BIN)/python scripts/local_hub.py $(ARGS)
+hub: setup ## start a local Hub, to rehearse a publication | make hub ARGS=--help
+	$(PY) -m local_hub $(ARGS)
 
-bench: setup ## measure it side by side with the example script people copy
-	$(BIN)/python scripts/benchmark.py $(if $(QUICK),--quick) $(if $(ROWS),--rows $(ROWS)) $(SELECT)
+bench: setup ## compare with transformers' example script | make bench ARGS="--quick"
+	$(PY) -m benchmarks $(SELECT)
 
-demo: setup ## the whole way on scikit-learn's digits, in minutes, on any machine
-	$(BIN)/python scripts/train_vit.py --recipe demo $(ARGS)
-	$(BIN)/python scripts/evaluate_vit.py --model models/demo --results results/demo
-	$(BIN)/python scripts/visualize_attention.py --model models/demo --results results/demo
+demo: setup ## the whole pipeline on scikit-learn's digits, in minutes | make demo
+	$(PY) scripts/train_vit.py --recipe demo $(ARGS)
+	$(PY) scripts/evaluate_vit.py --model models/demo
+	$(PY) scripts/visualize_attention.py --model models/demo
 	rm -rf results/demo/hub
-	$(REHEARSE) scripts/push_to_hub.py me/demo --model models/demo --results results/demo --tag v1
-	$(REHEARSE) scripts/predict.py me/demo@v1
-	@echo "Its own page: make app MODEL=models/demo"
+	$(LOCAL_HUB) scripts/push_to_hub.py me/demo --model models/demo --tag v1
+	$(LOCAL_HUB) scripts/predict.py me/demo@v1
+	@echo "Open its page: make app MODEL=models/demo"
 
-test: .venv/.tests ## run the tests
-	$(BIN)/python -m pytest -q
+test: .venv/.tests ## run the quick tests, three minutes | make test
+	$(PY) -m pytest -q -m "not slow"
 
-lint: .venv/.tests ## check the code's form
+test-all: .venv/.tests ## run all tests | make test-all
+	$(PY) -m pytest -q
+
+lint: .venv/.tests ## check the code's form and who imports whom | make lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
-clean: ## remove .venv and caches; models and results stay
-	rm -rf .venv .pytest_cache .ruff_cache
+clean: ## remove .venv and caches; models and results stay | make clean
+	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache *.egg-info
 
-.PHONY: help setup train evaluate visualize push verify app space hub bench demo test lint clean
+.PHONY: help setup train evaluate visualize push verify app space hub bench demo test test-all lint clean

@@ -1,6 +1,5 @@
-"""Every figure, drawn from plain values and written as PNG."""
+"""Every figure, drawn from plain values and saved as PNG."""
 
-import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -10,11 +9,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from PIL.Image import Image
 
-# Told apart by colour-blind readers (Okabe and Ito).
+# Distinct for color-blind readers (Okabe and Ito).
 BLUE, ORANGE = "#0072b2", "#d55e00"
 OKABE_ITO = (BLUE, ORANGE, "#009e73", "#cc79a7", "#e69f00")
 plt.rcParams |= {
@@ -26,41 +23,51 @@ plt.rcParams |= {
 }
 
 
-def training_curves(log: list[dict], path: Path) -> None:
-    """Loss of training and validation, and validation accuracy, over epochs.
+def training_curves(log: list[dict], path: Path) -> bool:
+    """Draw the loss of training and validation, and the validation accuracy, over epochs.
 
-    `log` is the `Trainer`'s log history.
+    Args:
+        log: The `Trainer`'s log history.
+        path: The PNG file.
+
+    Returns:
+        Whether there was anything to draw.
     """
     train = [(e["epoch"], e["loss"]) for e in log if "loss" in e]
     validation = [(e["epoch"], e["eval_nll"], e["eval_accuracy"]) for e in log if "eval_nll" in e]
+    if not train and not validation:
+        return False
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
-    left.plot(*zip(*train, strict=True), color=BLUE, linewidth=1, label="training (augmented)")
-    epochs, losses, accuracies = zip(*validation, strict=True)
-    left.plot(epochs, losses, "o-", color=ORANGE, markersize=4, label="validation")
+    if train:
+        left.plot(*zip(*train, strict=True), color=BLUE, linewidth=1, label="training (augmented)")
+    if validation:
+        epochs, losses, accuracies = zip(*validation, strict=True)
+        left.plot(epochs, losses, "o-", color=ORANGE, markersize=4, label="validation")
+        right.plot(epochs, [100 * a for a in accuracies], "o-", color=ORANGE, markersize=4)
+        best = int(np.argmax(accuracies))
+        right.annotate(
+            f"{accuracies[best]:.2%}",
+            (epochs[best], 100 * accuracies[best]),
+            xytext=(0, -14),
+            textcoords="offset points",
+            ha="center",
+        )
     left.set(xlabel="epoch", ylabel="cross-entropy", title="Loss", ylim=(0, None))
     left.legend(frameon=False)
-    right.plot(epochs, [100 * a for a in accuracies], "o-", color=ORANGE, markersize=4)
-    best = int(np.argmax(accuracies))
-    right.annotate(
-        f"{accuracies[best]:.2%}",
-        (epochs[best], 100 * accuracies[best]),
-        xytext=(0, -14),
-        textcoords="offset points",
-        ha="center",
-    )
     right.set(xlabel="epoch", ylabel="%", title="Validation accuracy")
     for axes in (left, right):
         axes.grid(alpha=0.25)
     _save(figure, path)
+    return True
 
 
 def confusion_matrix(matrix: list[list[int]], labels: list[str], path: Path) -> None:
-    """Counts (C, C), rows true and columns predicted; shaded by the share of the row."""
+    """Draw counts (C, C), rows true and columns predicted; shaded by the share of the row."""
     counts = np.asarray(matrix)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = max(4.0, 0.55 * len(labels) + 1.5)
     figure, axes = plt.subplots(figsize=(side, side))
-    # A cube root shows the few mistakes beside the many right answers.
+    # A cube root makes the few errors visible beside the many correct answers.
     axes.imshow(np.cbrt(shares), cmap="Blues", vmin=0, vmax=1.15)
     if len(labels) <= 30:
         for row, column in np.ndindex(*counts.shape):
@@ -81,7 +88,7 @@ def confusion_matrix(matrix: list[list[int]], labels: list[str], path: Path) -> 
 def attention_panels(
     panels: list[tuple[str, Image]], title: str, path: Path, colors: Colormap
 ) -> None:
-    """Overlays side by side, at most six in a row, with what the colours mean."""
+    """Draw captioned overlays side by side, at most six in a row, with a color bar."""
     columns = min(len(panels), 6)
     rows = -(-len(panels) // columns)
     figure, grid = plt.subplots(
@@ -98,7 +105,7 @@ def attention_panels(
 
 
 def attention_sheet(rows: list[list[tuple[str, Image]]], path: Path, colors: Colormap) -> None:
-    """One row of overlays an image; its first caption is the answer."""
+    """Draw one row of captioned overlays per image; the first caption is the answer."""
     columns = len(rows[0])
     figure, grid = plt.subplots(
         len(rows), columns, figsize=(1.8 * columns + 0.9, 2.1 * len(rows)), squeeze=False
@@ -113,7 +120,7 @@ def attention_sheet(rows: list[list[tuple[str, Image]]], path: Path, colors: Col
 
 
 def faithfulness_curves(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Mean deletion and insertion curves of each method, random order dashed."""
+    """Draw the mean deletion and insertion curves of each method, random order dashed."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
     better = {"deletion": "lower is better", "insertion": "higher is better"}
     for axis, (kind, hint) in zip(axes, better.items(), strict=True):
@@ -124,50 +131,11 @@ def faithfulness_curves(curves: dict[str, dict[str, list[float]]], path: Path) -
                 share, kinds[kind], "--" if plain else "-", label=method,
                 color="black" if plain else color,
             )  # fmt: skip
-        verb = "greyed out" if kind == "deletion" else "shown"
+        verb = "masked" if kind == "deletion" else "shown"
         axis.set(title=f"{kind.capitalize()}, {hint}", xlabel=f"patches {verb}, %", ylim=(0, 1))
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("probability of the predicted class")
     axes[1].legend(frameon=False)
-    _save(figure, path)
-
-
-def benchmark(rows: dict[str, dict], path: Path) -> None:
-    """How many times better ours is than the other side, plain and tuned, and the target.
-
-    `rows` are those of `benchmarks.json`. Without a pair to compare, nothing is drawn.
-    """
-    pairs = [(pair, row["hardware"]) for row in rows.values() for pair in row["pairs"]]
-    shown = [found for found in pairs if found[0]["times"]][::-1]  # from the bottom up
-    if not shown:
-        return
-    one_machine = len({hardware for _, hardware in pairs}) == 1
-    figure, axes = plt.subplots(figsize=(9, 0.62 * len(shown) + 1.3))
-    names = []
-    for row, (pair, hardware) in enumerate(shown):
-        name = pair["what"].replace("`", "")
-        names.append(name if one_machine else f"{name}, {hardware}")
-        for side, lift, color in (("times", 0.18, BLUE), ("times_tuned", -0.18, ORANGE)):
-            target = pair["target" + side.removeprefix("times")]
-            if target:
-                axes.plot([target] * 2, [row + lift - 0.2, row + lift + 0.2], color="black")
-            if pair[side]:
-                axes.barh(row + lift, pair[side] - 1, 0.34, left=1, color=color)
-                axes.annotate(
-                    f"{pair[side]:.3g}x", (max(pair[side], 1), row + lift), va="center",
-                    xytext=(5, 0), textcoords="offset points", fontsize="small",
-                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-                )  # fmt: skip
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_yticks(range(len(shown)), [textwrap.fill(n, 36) for n in names], fontsize="small")
-    axes.set_xscale("log")
-    axes.set_xlim(right=2 * max(pair["times"] for pair, _ in shown))
-    axes.xaxis.set_major_formatter("{x:g}x")
-    hardware = f", {pairs[0][1]}" if one_machine else ""
-    axes.set(title=f"How many times better than the example script{hardware}")
-    marks = [Patch(color=BLUE, label="as it comes"), Patch(color=ORANGE, label="tuned")]
-    marks.append(Line2D([], [], color="black", marker="|", linestyle="none", label="target"))
-    axes.legend(handles=marks, frameon=False, loc="lower right")
     _save(figure, path)
 
 

@@ -7,12 +7,13 @@ sets the defaults of one `HfArgumentParser`, so that a value means the same in b
 import difflib
 import json
 import re
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from pipeline.errors import UserError
 from pipeline.runs import MODELS, model_file
@@ -34,7 +35,6 @@ STREAMING_DEFAULTS = {
     "eval_steps": 0.1,
     "save_strategy": "steps",
     "save_steps": 0.1,
-    "ignore_data_skip": True,  # a resumed stream goes on where it was: nothing to read and drop
 }
 # Settings of speed, place and reporting: a run may be resumed under others.
 NON_SEMANTIC_KEYS = {
@@ -61,27 +61,22 @@ FIXED_KEYS = {"output_dir", "remove_unused_columns", "logging_nan_inf_filter"}
 class DataArguments:
     """Which images, and how they are split."""
 
-    dataset: str = field(
+    dataset: str = HfArg(
         default="uoft-cs/cifar10",
-        metadata={"help": "a Hub id, a local folder (parquet, or one folder per class), or digits"},
+        help="a Hub id, a local folder (parquet, or one folder per class), or digits",
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "its configuration"})
-    dataset_revision: str | None = field(default=None, metadata={"help": "its commit or tag"})
-    image_column: str | None = field(default=None, metadata={"help": "default: the only one"})
-    label_column: str | None = field(default=None, metadata={"help": "default: the only one"})
-    train_split: str = field(default="train", metadata={"help": "the split to train on"})
-    test_split: str = field(
-        default="test",
-        metadata={"help": "the split to evaluate; split off train if there is none"},
+    dataset_config: str | None = HfArg(default=None, help="its configuration")
+    dataset_revision: str | None = HfArg(default=None, help="its commit or tag")
+    image_column: str | None = HfArg(default=None, help="default: the only one")
+    label_column: str | None = HfArg(default=None, help="default: the only one")
+    train_split: str = HfArg(default="train", help="the split to train on")
+    test_split: str = HfArg(
+        default="test", help="the split to evaluate; split off train if there is none"
     )
-    validation_size: float = field(
-        default=0.05, metadata={"help": "share of train that picks the checkpoint"}
-    )
-    streaming: bool = field(
-        default=False, metadata={"help": "read images while training, and store none"}
-    )
-    num_proc: int | None = field(
-        default=None, metadata={"help": "processes that decode images (threads if streaming)"}
+    validation_size: float = HfArg(default=0.05, help="share of train that picks the checkpoint")
+    streaming: bool = HfArg(default=False, help="read images while training, and store none")
+    num_proc: int | None = HfArg(
+        default=None, help="processes that decode images (threads if streaming)"
     )
 
 
@@ -89,25 +84,23 @@ class DataArguments:
 class ModelArguments:
     """Which backbone, and how it is set up."""
 
-    model: str | None = field(
-        default="google/vit-base-patch16-224-in21k",
-        metadata={"help": "the backbone: a Hub id or a local folder"},
+    model: str | None = HfArg(
+        default="google/vit-base-patch16-224-in21k", help="the backbone: a Hub id or a local folder"
     )
-    model_revision: str | None = field(default=None, metadata={"help": "its commit or tag"})
-    model_config: dict | str | None = field(
-        default=None, metadata={"help": "build this configuration, untrained, in place of a model"}
+    model_revision: str | None = HfArg(default=None, help="its commit or tag")
+    model_config: dict | str | None = HfArg(
+        default=None, help="build this configuration, untrained, in place of a model"
     )
-    image_size: int = field(default=224, metadata={"help": "side of the model's input, in pixels"})
-    attention: str = field(
-        default="auto",
-        metadata={"help": "implementation in training: sdpa, eager, or auto, the faster one here"},
+    image_size: int = HfArg(default=224, help="side of the model's input, in pixels")
+    attention: str = HfArg(
+        default="auto", help="implementation in training: sdpa, eager, or auto, the faster one here"
     )
-    freeze_backbone: bool = field(default=False, metadata={"help": "train only the head"})
-    drop_path_rate: float = field(
-        default=0.0, metadata={"help": "stochastic depth, for models whose config has it"}
+    freeze_backbone: bool = HfArg(default=False, help="train only the head")
+    drop_path_rate: float = HfArg(
+        default=0.0, help="stochastic depth, for models whose config has it"
     )
-    layer_decay: float = field(
-        default=1.0, metadata={"help": "learning rate of a layer over that of the next one"}
+    layer_decay: float = HfArg(
+        default=1.0, help="learning rate of a layer over that of the next one"
     )
 
     def __post_init__(self):
@@ -121,12 +114,10 @@ class ModelArguments:
 class AugmentationArguments:
     """What is done to training images. Label smoothing is `label_smoothing_factor`."""
 
-    horizontal_flip: bool = field(default=False, metadata={"help": "mirror half of the images"})
-    random_crop_padding: float = field(
-        default=0.0, metadata={"help": "shift by up to this share of the side"}
-    )
-    mixup: float = field(default=0.0, metadata={"help": "Beta parameter of mixup; 0 is off"})
-    cutmix: float = field(default=0.0, metadata={"help": "Beta parameter of CutMix; 0 is off"})
+    horizontal_flip: bool = HfArg(default=False, help="mirror half of the images")
+    random_crop_padding: float = HfArg(default=0.0, help="shift by up to this share of the side")
+    mixup: float = HfArg(default=0.0, help="Beta parameter of mixup; 0 is off")
+    cutmix: float = HfArg(default=0.0, help="Beta parameter of CutMix; 0 is off")
 
 
 RECIPE_GROUPS = (DataArguments, ModelArguments, AugmentationArguments)
@@ -181,8 +172,7 @@ def load_recipe(name: str, overrides: list[str] = (), run: str | None = None) ->
     """
     path = _find(name)
     settings = _read_yaml(path)
-    # `--no_KEY` as argparse has it, for a key that the file turned on.
-    overrides = [re.sub(r"^--no[_-]([^=]+)$", r"--\1=false", arg) for arg in overrides]
+    overrides = _expand_flags(overrides)
     given = [arg[2:].partition("=")[0].replace("-", "_") for arg in overrides if arg[:2] == "--"]
     _check_keys([*settings, *given])
 
@@ -243,6 +233,16 @@ def data_arguments(model: str, dataset: str | None = None) -> DataArguments:
     return replace(data, dataset=dataset, dataset_config=None, dataset_revision=None)
 
 
+def _expand_flags(args: list[str]) -> list[str]:
+    """`--no_KEY` as `--KEY=false`, and a `--KEY` without a value as `--KEY=true`."""
+    args = [re.sub(r"^--no[_-]([^=]+)$", r"--\1=false", arg) for arg in args]
+    pairs = zip(args, [*args, "--"][1:], strict=True)
+    return [
+        f"{arg}=true" if arg.startswith("--") and "=" not in arg and after.startswith("--") else arg
+        for arg, after in pairs
+    ]
+
+
 def _find(name: str) -> Path:
     if name.startswith("hub:"):
         model = name.removeprefix("hub:")
@@ -293,5 +293,7 @@ def _check_values(recipe: Recipe) -> None:
         raise UserError(
             "A streamed dataset has no end: say how long to train, as ARGS=--max_steps=10000."
         )
+    if recipe.data.streaming and recipe.training.ignore_data_skip:
+        raise UserError("A resumed stream reads nothing twice: leave out ignore_data_skip.")
     if recipe.augmentation.random_crop_padding >= 1:
         raise UserError("random_crop_padding is a share of the image's side: give less than 1.")

@@ -50,9 +50,10 @@ def results_folder(model: str) -> Path:
 
 def split_revision(name: str) -> tuple[str, str | None]:
     """Split `id@revision` in two. A local folder has no revision, even with an @ in its name."""
-    if is_local(name):
+    if Path(name).expanduser().is_dir():
         return name, None
     name, _, revision = name.partition("@")
+    is_local(name)  # raises for a path that does not exist
     return name, revision or None
 
 
@@ -60,7 +61,7 @@ def is_local(name: str) -> bool:
     """Return whether a name is a local folder; UserError if it is a path that does not exist."""
     if Path(name).expanduser().is_dir():
         return True
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if name.startswith((".", "/", "~", "models/")) or name.count("/") > 1:
         raise UserError(f'There is no folder "{name}".')
     return False
 
@@ -100,8 +101,13 @@ def changed_files(hashes: dict[str, str], folder: Path) -> list[str]:
 
 
 def read_json(path: Path) -> dict | None:
-    """Return what a JSON file holds; None if there is no such file."""
-    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+    """Return what a JSON file holds, None if there is no such file; UserError if it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): remove it and make it again.") from None
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -1,85 +1,49 @@
 """Publish the Space as one commit, showing one commit of a model, and wait until it runs."""
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from pipeline.errors import UserError
+from pipeline.errors import UserError, run_main
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("repo", help="the Space, as name/space")
-    parser.add_argument("--model_repo", help="name/model, or name/model@rev")
+    parser.add_argument("repo", help="the Space, as owner/name")
+    parser.add_argument("--model", required=True, help="owner/name or owner/name@revision")
     parser.add_argument("--private", action="store_true", help="make a new Space private")
     parser.add_argument("--dry_run", action="store_true", help="show what would be done")
-    deploy(parser.parse_args())
+    args = parser.parse_args()
+    from pipeline.publish import hub, space, staging  # takes seconds
 
-
-def deploy(arguments: argparse.Namespace) -> None:
-    if not arguments.model_repo:
-        raise UserError("Say which model the Space shows, with MODEL_REPO=name/model.")
-    # After the arguments: the libraries take seconds.
-    from pipeline import hub, space
-
-    # May it be written, and is there a model to show?
-    repo = arguments.repo
-    api = hub.connect()
-    info = hub.check_access(api, repo, arguments.private, repo_type="space")
-    model = space.find_model(api, arguments.model_repo)
-
+    repository = hub.Repository(hub.connect(), args.repo, "space")
+    parent_commit = repository.check_access(args.private)
+    model = space.find_model(repository.api, args.model)
+    page = f"{repository.api.endpoint}/spaces/{args.repo}"
     with tempfile.TemporaryDirectory() as folder:
-        # What would change there?
-        staged = hub.stage(space.files(), space.readme(model), Path(folder), api.token)
-        plan = hub.plan(api, repo, staged, info.sha if info else None, "space")
-        print(hub.manifest(plan, staged))
-        print(f"Shows:     {model.name} @ {model.commit[:12]}")
-        if arguments.dry_run:
-            print("Nothing was sent.")
-            return
-
-        # The model first: the commit then starts the build with it.
-        plan.head = plan.head or hub.create(api, repo, arguments.private, "space", "gradio")
-        changed = space.set_variables(api, repo, model.variables)
+        files = space.published_files(model)
+        staged = staging.stage(files, Path(folder), repository.api.token)
+        plan = repository.plan(staged, parent_commit)
+        print(f"{page} ({'existing' if parent_commit else 'new'})\n{plan.describe(staged)}")
+        print(f"Model:     {model.id} @ {model.sha[:12]}")
+        if args.dry_run:
+            return print("Nothing was sent.")
+        plan.parent_commit = parent_commit or repository.create(args.private, "gradio")
+        # The variables come first: the commit then starts the build with them.
+        has_new_model, commit = space.set_model(repository, model), plan.parent_commit
         if plan:
-            message = f"Show {model.name} @ {model.commit[:12]}"
-            commit = hub.commit(api, repo, staged, plan, message, repo_type="space")
-            if hub.plan(api, repo, staged, commit, "space"):
-                raise UserError(f"{repo} @ {commit[:12]} is not what was sent.")
-            print(f"Published: {api.endpoint}/spaces/{repo}/commit/{commit}")
+            commit = repository.commit(staged, plan, f"Show {model.id} @ {model.sha[:12]}")
+            print(f"Published: {page}/commit/{commit}")
         else:
-            commit = plan.head
-            print(
-                "No file has changed since the last time; the model has."
-                if changed
-                else "Nothing has changed since the last time: no commit."
-            )
+            print(f"No file has changed.{' The model has.' if has_new_model else ''}")
     if model.private:
-        print(f"{model.name} is private: give the Space a secret HF_TOKEN that may read it.")
-    report(api, repo, commit)
-
-
-def report(api, repo: str, commit: str) -> None:
-    """Wait for the build; where it fails, UserError with the end of its log."""
-    from pipeline import space
-
-    page = f"{api.endpoint}/spaces/{repo}"
-    print("Waiting for the build", flush=True)
-    stage = space.wait(api, repo, commit)
-    if stage == "RUNNING":
-        print(f"Running:   {page}")
-    elif stage in ("STOPPED", "PAUSED"):
-        print(f"Kept:      {page} is {stage.lower()}: this Hub does not run it now.")
-    else:
-        raise UserError(f"{page} ended in the stage {stage}.\n{space.log(api, repo, stage)}")
+        print(f"{model.id} is private: give the Space a secret HF_TOKEN that can read it.")
+    print("Waiting for the build.", flush=True)
+    stage = space.wait_until_settled(repository, commit)
+    if stage not in ("RUNNING", "STOPPED", "PAUSED"):
+        raise UserError(f"{page} is in the stage {stage}.\n{space.log_tail(repository, stage)}")
+    print(f"Stage:     {page} is {stage.lower()}.")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"Error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nStopped. The Space is as it was, or holds the whole new commit.")
+    run_main(main, "Stopped. The Space is as it was, or has the whole new commit.")

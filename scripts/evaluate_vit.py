@@ -1,12 +1,9 @@
-"""Score a fine-tuned model on the test split of its dataset; write results and figures."""
+"""Evaluate a fine-tuned model on the test split; save its metrics and figures."""
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from pipeline.errors import UserError
+from pipeline.errors import run_main
 
 
 def main() -> None:
@@ -14,36 +11,39 @@ def main() -> None:
     parser.add_argument("--model", help="a folder, or a Hub id as name@rev (default: the last run)")
     parser.add_argument("--dataset", help="default: the one it was trained on")
     parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--bf16", action="store_true", help="quicker and rounded: a first look")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder to write to")
-    arguments = parser.parse_args()
+    parser.add_argument("--bf16", action="store_true", help="faster and rounded: a quick look")
+    args = parser.parse_args()
 
-    # After the arguments: these take seconds.
+    # After the arguments: these take seconds to import.
     from accelerate import PartialState
 
-    from pipeline import evaluation, figures
+    from pipeline import plots, runs
+    from pipeline.evaluation.evaluate import as_text, evaluate, save
+    from pipeline.recipe import data_arguments
 
-    model = arguments.model or evaluation.last_run()
-    data = evaluation.data_of(model, arguments.dataset)
-    results = evaluation.evaluate(model, data, batch_size=arguments.batch_size, bf16=arguments.bf16)
+    model = args.model or runs.last_run()
+    data = data_arguments(model, args.dataset)
+    results = evaluate(model, data, batch_size=args.batch_size, bf16=args.bf16)
     if not PartialState().is_main_process:
         return
-    training = Path(model).expanduser() / "training.json"
-    if training.exists():
-        results["training"] = json.loads(training.read_text())
-        figures.training_curves(
-            results["training"].pop("log"), arguments.results / "training_curves.png"
-        )
-    figures.confusion_matrix(
-        results["confusion_matrix"], results["labels"], arguments.results / "confusion_matrix.png"
+    training = runs.read_json(Path(model).expanduser() / "training.json")
+    log = training.pop("log") if training else []
+    if training:
+        results["training"] = training
+
+    # The results first: a figure that can't be drawn loses nothing.
+    folder = runs.results_folder(model)
+    save(results, folder)
+    print(as_text(results))
+    figures = {"confusion_matrix.png": None}
+    plots.confusion_matrix(
+        results["confusion_matrix"], results["labels"], folder / "confusion_matrix.png"
     )
-    evaluation.write(results, arguments.results)
-    print(evaluation.as_text(results))
-    print("\n".join(f"Written: {path}" for path in sorted(arguments.results.glob("*.*"))))
+    if plots.training_curves(log, folder / "training_curves.png"):
+        figures["training_curves.png"] = None
+    runs.record_files(folder, figures, results["model"]["sha256"]["model.safetensors"])
+    print("\n".join(f"Saved: {path}" for path in sorted(folder.glob("*.*"))))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"Error: {error}")
+    run_main(main)

@@ -1,44 +1,40 @@
-"""Classify images with a model, published or in a folder, by plain `transformers.pipeline()`."""
+"""Classify images with a model by plain `transformers.pipeline()`."""
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from pipeline.errors import UserError
+from pipeline.errors import run_main
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("model", help="a folder, or a Hub id as name/model or name/model@rev")
     parser.add_argument("images", nargs="*", type=Path, help="files (default: five test images)")
-    parser.add_argument("--dataset", help="whose test images; default: the one it was trained on")
-    arguments = parser.parse_args()
+    parser.add_argument("--dataset", help="of the test images; default: the one it was trained on")
+    args = parser.parse_args()
 
-    # After the arguments: these take seconds.
+    # After the arguments: these take seconds to import.
     from transformers import pipeline
 
-    from pipeline import evaluation, visualization
-    from pipeline.data import load_splits
-    from pipeline.model import load
+    from pipeline import runs
+    from pipeline.data.loading import load_split
+    from pipeline.explain import figures
+    from pipeline.recipe import data_arguments
+    from pipeline.training.model import load_model
 
-    name, revision = evaluation.split_revision(arguments.model)
-    _, processor = load(name, revision)  # says in words what is not there
-    pictures = visualization.from_files(arguments.images)
-    if not pictures:
-        data = evaluation.data_of(arguments.model, arguments.dataset)
-        size = processor.size["height"]
-        test = load_splits(data, size, processor.resample, only="test")["test"]
-        pictures = visualization.from_rows(test, range(5))
+    name, revision = runs.split_revision(args.model)
+    _, processor = load_model(args.model)  # one sentence for what is missing
+    examples = figures.examples_from_files(args.images)
+    if not examples:
+        data = data_arguments(args.model, args.dataset)
+        test = load_split(data, "test", processor.size["height"], processor.resample)
+        examples = figures.examples_from_rows(test, range(5))
     classify = pipeline("image-classification", model=name, revision=revision)
-    for picture in pictures:
-        answer = classify(picture.read(), top_k=1)[0]
-        truth = f" (truly {picture.truth})" if picture.truth else ""
-        print(f"{picture.name}{truth}: {answer['label']}, {answer['score']:.1%}")
+    for example in examples:
+        answer = classify(example.open(), top_k=1)[0]
+        truth = f" (true: {example.label})" if example.label else ""
+        print(f"{example.name}{truth}: {answer['label']}, {answer['score']:.1%}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"Error: {error}")
+    run_main(main)

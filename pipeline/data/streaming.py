@@ -15,7 +15,7 @@ import tempfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count, islice
+from itertools import count, islice, repeat
 from pathlib import Path
 
 import datasets
@@ -124,7 +124,7 @@ class LabeledStream:
             ]
             cells = [{"bytes": file, "path": path} for file, path in zip(files, paths, strict=True)]
             unusable |= np.array([file is None for file in files])
-            images = pa.array(cells, table["image"].type)
+            images = pa.array(cells, datasets.Image.pa_type)
             table = pa.table({"image": images, "label": table["label"]})
         if unusable.any():
             row = table.slice(int(unusable.argmax()), 1).to_pylist()[0]
@@ -174,10 +174,13 @@ class ImageStream(torch.utils.data.IterableDataset):
         stream = rows.rows.shuffle(seed, buffer_size=SHUFFLE_BUFFER,
                                    max_buffer_input_shards=NUM_OPEN_SHARDS)  # fmt: skip
         self.stream = split_dataset_by_node(stream, rank, world_size)
-        self.state: dict = {"epoch": 0, "stream": None}
+        self.state: dict = {"batches": 0, "epoch": 0, "stream": None}  # after the last batch
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for batch, self.state in prefetch(self._batches(), PREFETCH):
+        # The Trainer, resumed, takes the batches it has seen and drops them: here they are empty.
+        yield from repeat({}, self.state["batches"])
+        for batch, state in prefetch(self._batches(), PREFETCH):
+            self.state = state
             yield batch
 
     def save(self, folder: Path) -> None:
@@ -205,6 +208,7 @@ class ImageStream(torch.utils.data.IterableDataset):
 
     def _batches(self) -> Iterator[tuple[dict[str, torch.Tensor], dict]]:
         """Batches, each with the state after it."""
+        batches = self.state["batches"]
         resumed = self.state["stream"] is not None
         if resumed:
             self.stream.load_state_dict(self.state["stream"])
@@ -214,8 +218,9 @@ class ImageStream(torch.utils.data.IterableDataset):
                 is_empty = not resumed  # the rest of an epoch may be
                 for table in self.stream.iter(self.batch_size):
                     is_empty = False
-                    state = {"epoch": epoch, "stream": self.stream.state_dict()}
-                    yield self._decode(table, pool), state
+                    batches += 1
+                    state = {"batches": batches, "epoch": epoch}
+                    yield self._decode(table, pool), state | {"stream": self.stream.state_dict()}
                 if is_empty:
                     raise UserError(
                         f'The split "{self.name}" has no training image for each of '

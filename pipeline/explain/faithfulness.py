@@ -1,29 +1,86 @@
-"""How faithful a map is: what the model still says without, or with only, its patches.
+"""Faithfulness of attention maps by deletion and insertion curves.
 
-Deletion and insertion, Petsiuk et al. 2018, arXiv:1806.07421, over patches in the order of
-the map. Deletion greys out the highest first: the lower its curve, the better. Insertion
-starts from a grey image and brings them back: the higher, the better.
+Petsiuk et al. 2018, arXiv:1806.07421, over patches in the order of the map. Deletion masks the
+highest patches first: the lower its curve, the better. Insertion starts from a gray image and
+brings them back: the higher, the better.
 """
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 
-from pipeline.attention import explain
+from pipeline.data.decoding import DecodedImages
+from pipeline.data.transforms import preprocess
+from pipeline.errors import UserError
+from pipeline.explain.attention import compute_maps
 
 STEPS = 9  # points of a curve, from no patch to all
 RESAMPLES = 2000
+BATCH = 16  # images; bounds the memory: a ViT-B's attentions take 22 MB an image at 224 px
 
 
-def curves(
+def measure_faithfulness(
+    model, processor, dataset: Dataset, count: int, head: int, seed: int = 0
+) -> dict:
+    """Measure each method on `count` images of a decoded split, drawn by `seed`.
+
+    Args:
+        model: An image classifier with attention maps.
+        processor: Its image processor.
+        dataset: A decoded split.
+        count: Images to measure on.
+        head: The head, from 0, whose map the method `head` is.
+        seed: Of the images, of the random order, and of the bootstrap.
+
+    Returns:
+        `methods`, see `summarize`, and the mean `curves` of each.
+
+    Raises:
+        UserError: There are fewer images, or the model has no maps.
+    """
+    if not 0 < count <= len(dataset):
+        raise UserError(f"Faithfulness takes 1 to {len(dataset)} images; {count} were asked for.")
+    rows = np.sort(np.random.default_rng(seed).choice(len(dataset), count, replace=False))
+    images, generator = DecodedImages(dataset), torch.Generator().manual_seed(seed)
+    batches: list[dict[str, dict[str, Tensor]]] = []
+    for start in range(0, count, BATCH):
+        pixels = images.batch(rows[start : start + BATCH])["pixel_values"].to(model.device)
+        try:
+            batches.append(
+                deletion_insertion_curves(model, preprocess(pixels, processor), head, generator)
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    curves = {
+        method: {
+            kind: torch.cat([batch[method][kind] for batch in batches]).cpu().numpy()
+            for kind in kinds
+        }
+        for method, kinds in batches[0].items()
+    }
+    aucs = {m: {kind: auc(c) for kind, c in kinds.items()} for m, kinds in curves.items()}
+    return {
+        "images": count,
+        "seed": seed,
+        "head": head,
+        "methods": summarize(aucs, seed),
+        "curves": {
+            method: {kind: curve.mean(axis=0).tolist() for kind, curve in kinds.items()}
+            for method, kinds in curves.items()
+        },
+    }
+
+
+def deletion_insertion_curves(
     model, pixels: Tensor, head: int = 0, generator: torch.Generator | None = None
 ) -> dict[str, dict[str, Tensor]]:
-    """For each method and for random order: {"deletion", "insertion"} of (B, STEPS).
+    """Return, by method and for random order, {"deletion", "insertion"} of (B, STEPS).
 
-    The probability of the predicted class after each step, for pixels float (B, 3, S, S).
+    Each is the probability of the predicted class after each step, for pixels float (B, 3, S, S).
     """
-    maps = explain(model, pixels)
-    scores = {
+    maps = compute_maps(model, pixels)
+    orders = {
         "mean": maps.select("mean"),
         "head": maps.select("head", head=head),
         "rollout": maps.rollout,
@@ -31,44 +88,48 @@ def curves(
         "random": torch.rand(maps.rollout.shape, generator=generator).to(pixels.device),
     }
     return {
-        name: {
+        method: {
             kind: _curve(model, pixels, maps.classes, values, kind == "insertion")
             for kind in ("deletion", "insertion")
         }
-        for name, values in scores.items()
+        for method, values in orders.items()
     }
 
 
-def summary(areas: dict[str, dict[str, np.ndarray]], seed: int = 0) -> dict:
-    """The mean area under each curve with its 95 % bootstrap interval, and against random.
+def summarize(aucs: dict[str, dict[str, np.ndarray]], seed: int = 0) -> dict:
+    """Summarize the area under each curve with a 95 % bootstrap interval, and against random.
 
-    `areas[method][kind]` holds one area an image, (N,). `better_by` is how much better than
-    random order on the same images, positive is better; `beats_random` where its interval
-    lies above 0.
+    Args:
+        aucs: By method and kind, one area per image, (N,).
+        seed: Of the bootstrap.
+
+    Returns:
+        By method and kind: `auc` and its `interval`; except for random order also
+        `gain_over_random` on the same images (positive is better), `gain_interval`, and
+        `beats_random`, which is true if that interval lies above 0.
     """
-    random = np.random.default_rng(seed)
-    count = len(areas["random"]["deletion"])
-    drawn = random.integers(0, count, (RESAMPLES, count))  # the same images for all
-    result = {}
-    for method, kinds in areas.items():
-        result[method] = {}
+    count = len(aucs["random"]["deletion"])
+    # The same images for all methods.
+    samples = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
+    summary: dict[str, dict] = {}
+    for method, kinds in aucs.items():
         for kind, values in kinds.items():
-            entry = {"area": float(values.mean()), "interval": _interval(values[drawn])}
+            entry = {"auc": float(values.mean()), "interval": _interval(values[samples])}
             if method != "random":
-                gain = values - areas["random"][kind]
+                gain = values - aucs["random"][kind]
                 gain = -gain if kind == "deletion" else gain
-                interval = _interval(gain[drawn])
+                interval = _interval(gain[samples])
                 entry |= {
-                    "better_by": float(gain.mean()),
-                    "better_by_interval": interval,
+                    "gain_over_random": float(gain.mean()),
+                    "gain_interval": interval,
                     "beats_random": interval[0] > 0,
                 }
-            result[method][kind] = entry
-    return result
+            summary.setdefault(method, {})[kind] = entry
+    return summary
 
 
-def area(curve: np.ndarray) -> np.ndarray:
-    """Area under curves (N, STEPS) over the share of patches, 0 to 1: (N,)."""
+def auc(curve: np.ndarray) -> np.ndarray:
+    """Return the area under curves (N, STEPS) over the share of patches, 0 to 1: (N,)."""
     return np.trapezoid(curve, dx=1 / (curve.shape[1] - 1), axis=1)
 
 
@@ -83,11 +144,11 @@ def _curve(model, pixels: Tensor, classes: Tensor, values: Tensor, insertion: bo
     points = []
     for share in np.linspace(0, 1, STEPS):
         first = ranks < round(share * ranks[0].numel())  # (B, h, w), the highest so far
-        shown = first if insertion else ~first
-        mask = shown.repeat_interleave(patch[0], 1).repeat_interleave(patch[1], 2)[:, None]
-        # 0 is the mean colour after normalisation: grey.
-        probabilities = model(pixels * mask).logits.softmax(dim=1)
-        points.append(probabilities.gather(1, classes[:, None])[:, 0])
+        visible = first if insertion else ~first
+        mask = visible.repeat_interleave(patch[0], 1).repeat_interleave(patch[1], 2)[:, None]
+        # 0 is the mean color after normalization: gray.
+        probs = model(pixels * mask).logits.softmax(dim=1)
+        points.append(probs.gather(1, classes[:, None])[:, 0])
     return torch.stack(points, dim=1)
 
 

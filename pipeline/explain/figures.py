@@ -1,4 +1,4 @@
-"""Attention figures for chosen images, and how faithful the maps are on many."""
+"""Draw the attention maps of chosen images, and an overview sheet."""
 
 import re
 from collections.abc import Iterator
@@ -8,54 +8,82 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from PIL import Image, ImageOps
+from PIL import Image
 
-from pipeline import attention, faithfulness, figures
-from pipeline.data import Batches
+from pipeline import plots
+from pipeline.data.decoding import DecodedImages, open_image
+from pipeline.data.transforms import preprocess
 from pipeline.errors import UserError
-from pipeline.preprocess import preprocess
+from pipeline.evaluation.evaluate import predict
+from pipeline.explain import attention
 
-BATCH = 16  # bounds the memory: a ViT-B's attentions take 22 MB an image at 224 px
+BATCH = 16  # images; bounds the memory: a ViT-B's attentions take 22 MB an image at 224 px
 SHEET = 24  # images on the overview sheet at most
+ERRORS = 6  # the most confident errors that are drawn
 
 
 @dataclass
-class Picture:
-    """One image to explain; `truth` is its true label, where it is known."""
+class Example:
+    """One image to explain; `label` is its true label, where it is known."""
 
     name: str
     source: Image.Image | Path
-    truth: str | None = None
+    label: str | None = None
 
-    def read(self) -> Image.Image:
-        """Upright and in RGB; UserError for a file that can't be read."""
+    @property
+    def owner(self) -> str:
+        """Whose image it is, for the manifest: "user" or "dataset"."""
+        return "user" if isinstance(self.source, Path) else "dataset"
+
+    def open(self) -> Image.Image:
+        """Return it upright and in RGB; UserError for a file that can't be read."""
         if isinstance(self.source, Image.Image):
             return self.source
-        try:
-            return ImageOps.exif_transpose(Image.open(self.source)).convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"Cannot read the image {self.source}: {error}") from None
+        return open_image(self.source, f"The image {self.source}")
 
 
-def typical_rows(labels: list[int], predictions: list[int], confidences: list[float]) -> list[int]:
-    """The first image of each class that is told right, and the six surest mistakes."""
+def select_examples(
+    labels: list[int], predictions: list[int], confidences: list[float]
+) -> list[int]:
+    """Return the rows of the first correct image of each class and of the most confident errors."""
     labels, predictions = np.asarray(labels), np.asarray(predictions)
-    right = labels == predictions
-    first = [np.flatnonzero(right & (labels == c))[:1] for c in np.unique(labels)]
-    wrong = np.flatnonzero(~right)
-    surest = wrong[np.argsort(-np.asarray(confidences)[wrong], kind="stable")[:6]]
-    return [*np.concatenate(first).tolist(), *surest.tolist()]
+    correct = labels == predictions
+    first = [np.flatnonzero(correct & (labels == c))[:1] for c in np.unique(labels)]
+    errors = np.flatnonzero(~correct)
+    by_confidence = np.argsort(-np.asarray(confidences)[errors], kind="stable")
+    return [*np.concatenate(first).tolist(), *errors[by_confidence[:ERRORS]].tolist()]
 
 
-def from_rows(dataset: Dataset, rows: list[int]) -> list[Picture]:
-    """Images of a decoded split by their numbers; UserError for a number it has not."""
+def select_rows(model, processor, test: Dataset, results: dict | None, hashes: dict) -> list[int]:
+    """Select examples by these results if they are of these weights, otherwise by predicting.
+
+    Args:
+        model: An image classifier.
+        processor: Its image processor.
+        test: The decoded test split.
+        results: Those of `evaluate`, if there are any.
+        hashes: SHA-256 of the model's files.
+    """
+    if (
+        results
+        and results["model"]["sha256"] == hashes
+        and len(results["predictions"]) == len(test)
+    ):
+        return select_examples(test["label"][:], results["predictions"], results["confidences"])
+    logits, labels = predict(model, processor, test)
+    confidences, predictions = logits.softmax(dim=1).max(dim=1)
+    return select_examples(labels.tolist(), predictions.tolist(), confidences.tolist())
+
+
+def examples_from_rows(dataset: Dataset, rows: list[int]) -> list[Example]:
+    """Return images of a decoded split by row; UserError for a row that does not exist."""
     names = dataset.features["label"].names
     for row in rows:
         if not 0 <= row < len(dataset):
             raise UserError(f"There is no row {row}: the split has {len(dataset)}, from 0.")
-    batch = Batches(dataset).__getitems__(rows) if rows else {"pixel_values": [], "labels": []}
+    batch = DecodedImages(dataset).batch(rows)
     return [
-        Picture(
+        Example(
             f"{row:05}_{_file_name(names[label])}",
             Image.fromarray(pixels.permute(1, 2, 0).numpy()),
             names[label],
@@ -64,86 +92,72 @@ def from_rows(dataset: Dataset, rows: list[int]) -> list[Picture]:
     ]
 
 
-def from_files(paths: list[Path]) -> list[Picture]:
-    """Images from files; UserError names one that can't be read, before any is drawn."""
-    pictures = [Picture(_file_name(path.stem), path) for path in paths]
-    for picture in pictures:
-        picture.read()  # to know, not to keep: memory does not grow with their number
-    return pictures
+def examples_from_files(paths: list[Path]) -> list[Example]:
+    """Return images from files; UserError names one that can't be read, before any is drawn."""
+    names = [_file_name(path.stem) for path in paths]
+    examples = []
+    for i, (name, path) in enumerate(zip(names, paths, strict=True)):
+        number = names[:i].count(name)  # files of one name in several folders
+        examples.append(Example(f"{name}_{number + 1}" if number else name, path))
+    for example in examples:
+        example.open()  # to know, not to keep: memory does not grow with their number
+    return examples
 
 
 def draw(
     model,
     processor,
-    pictures: list[Picture],
+    examples: list[Example],
     folder: Path,
-    layer: int,
-    head: int,
-    target: str | None,
-) -> list[Path]:
-    """Draw each picture's maps into `folder`, and an overview of the first; returns the files.
+    layer: int = -1,
+    head: int = 0,
+    target: str | None = None,
+) -> dict[Path, str]:
+    """Draw each example's maps, and an overview of the first ones.
 
-    `layer` and `head` are those of the single maps, `target` the class of the relevance (by
-    name or number; default: the predicted one). UserError for one that is not there.
+    Args:
+        model: An image classifier with attention maps.
+        processor: Its image processor.
+        examples: What to draw.
+        folder: Where to; nothing is written before the first image was explained.
+        layer: The layer of the single map, from 0; -1 is the last.
+        head: The head of the single map, from 0.
+        target: The class of the relevance, by name or number; by default the predicted one.
+
+    Returns:
+        The files, the overview last, and whose images each shows: "user" or "dataset".
+
+    Raises:
+        UserError: A layer, head or class does not exist, or the model has no maps.
     """
-    if not pictures:
+    if not examples:
         raise UserError("No image is chosen: name files or rows, or leave both out.")
     labels = model.config.id2label
-    wanted = None if target is None else _class_number(target, labels)
-    sheet, files = [], []
-    for batch in _batches(pictures):
-        images = [picture.read() for picture in batch]
+    target_class = None if target is None else _find_class(target, labels)
+    sheet, files = [], {}
+    for batch in _batches(examples):
+        images = [example.open() for example in batch]
         try:
-            maps = attention.explain(model, _pixels(images, processor).to(model.device), wanted)
+            pixels = _pixels(images, processor).to(model.device)
+            maps = attention.compute_maps(model, pixels, target_class)
             maps.select("head", layer, head)  # refuses a wrong layer or head
         except ValueError as error:
             raise UserError(str(error)) from None
-        for i, (picture, image) in enumerate(zip(batch, images, strict=True)):
-            title = _title(maps.logits[i], labels, picture.truth)
+        for i, (example, image) in enumerate(zip(batch, images, strict=True)):
+            title = _title(maps.logits[i], labels, example.label)
             panels = _panels(maps, i, image, labels, layer)
             for kind, overlays in panels.items():
-                path = folder / f"{picture.name}_{kind}.png"
-                figures.attention_panels(overlays, title, path, attention.COLORS)
-                files.append(path)
+                path = folder / f"{example.name}_{kind}.png"
+                plots.attention_panels(overlays, title, path, attention.COLORMAP)
+                files[path] = example.owner
             if len(sheet) < SHEET:
                 (_, plain), last = panels["overlay"]
                 methods = [panels["heads"][head], panels["rollout"][1], panels["relevance"][1]]
                 sheet.append([(title, plain), last, *methods])
     path = folder / "overview.png"
-    figures.attention_sheet(sheet, path, attention.COLORS)
-    return [*files, path]
-
-
-def measure(model, processor, dataset: Dataset, count: int, head: int, seed: int = 0) -> dict:
-    """Faithfulness of each method on `count` images of a decoded split, drawn by `seed`.
-
-    See `faithfulness.summary`; with the mean `curves`, one value a step.
-    """
-    if not 0 < count <= len(dataset):
-        raise UserError(f"Faithfulness wants 1 to {len(dataset)} images; {count} were asked for.")
-    rows = np.sort(np.random.default_rng(seed).choice(len(dataset), count, replace=False))
-    batches, generator = Batches(dataset), torch.Generator().manual_seed(seed)
-    parts: dict[str, dict[str, list]] = {}
-    for chunk in _batches(rows.tolist()):
-        images = batches.__getitems__(chunk)["pixel_values"].to(model.device)
-        try:
-            found = faithfulness.curves(model, preprocess(images, processor), head, generator)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        for method, kinds in found.items():
-            for kind, curve in kinds.items():
-                parts.setdefault(method, {}).setdefault(kind, []).append(curve.cpu().numpy())
-    curves = {m: {k: np.concatenate(v) for k, v in kinds.items()} for m, kinds in parts.items()}
-    areas = {m: {k: faithfulness.area(v) for k, v in kinds.items()} for m, kinds in curves.items()}
-    return {
-        "images": count,
-        "seed": seed,
-        "head": head,
-        "methods": faithfulness.summary(areas, seed),
-        "curves": {
-            m: {k: v.mean(axis=0).tolist() for k, v in kinds.items()} for m, kinds in curves.items()
-        },
-    }
+    plots.attention_sheet(sheet, path, attention.COLORMAP)
+    owners = {example.owner for example in examples[:SHEET]}
+    return files | {path: "user" if "user" in owners else "dataset"}
 
 
 def _panels(
@@ -151,26 +165,26 @@ def _panels(
 ) -> dict[str, list[tuple[str, Image.Image]]]:
     """The overlays of image i, with their captions, by kind of figure."""
 
-    def laid(caption: str, values: torch.Tensor) -> tuple[str, Image.Image]:
+    def overlay(caption: str, values: torch.Tensor) -> tuple[str, Image.Image]:
         return caption, attention.overlay(image, values.cpu().numpy())
 
-    plain = ("", attention.fitted(image))
+    plain = ("", attention.fit_size(image))
     number = range(maps.heads.shape[1])[layer]  # -1 as the last
-    about = labels[int(maps.classes[i])]
+    target = labels[int(maps.classes[i])]
     return {
-        "overlay": [plain, laid(f"layer {number}", maps.select("mean", layer)[i])],
-        "layers": [laid(f"layer {n}", m) for n, m in enumerate(maps.heads[i].mean(dim=1))],
-        "heads": [laid(f"head {n}", m) for n, m in enumerate(maps.heads[i, layer])],
-        "rollout": [plain, laid("rollout", maps.rollout[i])],
-        "relevance": [plain, laid(f"relevance for {about}", maps.relevance[i])],
+        "overlay": [plain, overlay(f"layer {number}", maps.select("mean", layer)[i])],
+        "layers": [overlay(f"layer {n}", m) for n, m in enumerate(maps.heads[i].mean(dim=1))],
+        "heads": [overlay(f"head {n}", m) for n, m in enumerate(maps.heads[i, layer])],
+        "rollout": [plain, overlay("rollout", maps.rollout[i])],
+        "relevance": [plain, overlay(f"relevance for {target}", maps.relevance[i])],
     }
 
 
-def _title(logits: torch.Tensor, labels: dict[int, str], truth: str | None) -> str:
-    chances = logits.softmax(dim=0)
-    guess = int(chances.argmax())
-    title = f"{labels[guess]}, {chances[guess]:.1%}"
-    return title if truth is None else f"{title}\ntrue: {truth}"
+def _title(logits: torch.Tensor, labels: dict[int, str], label: str | None) -> str:
+    probs = logits.softmax(dim=0)
+    predicted = int(probs.argmax())
+    title = f"{labels[predicted]}, {probs[predicted]:.1%}"
+    return title if label is None else f"{title}\ntrue: {label}"
 
 
 def _pixels(images: list[Image.Image], processor) -> torch.Tensor:
@@ -184,11 +198,13 @@ def _batches(items: list) -> Iterator[list]:
         yield items[start : start + BATCH]
 
 
-def _class_number(target: str, labels: dict[int, str]) -> int:
-    for number, label in labels.items():
-        if target in (label, str(number)):
-            return number
-    raise UserError(f'There is no class "{target}"; there are {", ".join(labels.values())}.')
+def _find_class(target: str, labels: dict[int, str]) -> int:
+    """The class of that name, else of that number: a class may be named "2"."""
+    by_name = {label: number for number, label in labels.items()}
+    by_number = {str(number): number for number in labels}
+    if target not in by_number | by_name:
+        raise UserError(f'There is no class "{target}"; there are {", ".join(labels.values())}.')
+    return (by_number | by_name)[target]
 
 
 def _file_name(text: str) -> str:

@@ -1,131 +1,115 @@
-"""Download a published model as a stranger would, and measure whether it keeps its claims."""
+"""Download a published model as anybody would, and check that what its card says is true."""
 
-import json
-import logging
+import secrets
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-import datasets
 import numpy as np
-from huggingface_hub import HfApi
+from datasets import Dataset
 from PIL import Image
 from transformers import pipeline
 
-from pipeline import card, hub
-from pipeline.data import content_hash, load_splits
+from pipeline import runs
+from pipeline.data.decoding import DecodedImages, content_hash
+from pipeline.data.loading import load_split
 from pipeline.errors import UserError
-from pipeline.evaluation import data_of
+from pipeline.evaluation.metrics import ImageClassification
+from pipeline.publish import card, staging
+from pipeline.publish.hub import HUB_MANAGED_FILES, Repository
+from pipeline.recipe import data_arguments
 
-IMAGES = 1000
+SAMPLE_SIZE = 1000  # images
+TIE = 1e-3  # classes whose probabilities are closer than this may change places
 
 
-@dataclass
-class Verified:
-    """A revision that holds what it claims: `right` of `images` test images, as at evaluation."""
+class Verification(NamedTuple):
+    """A verified commit, and the number of test images that were drawn with `seed`."""
 
     commit: str
-    files: int
     images: int
-    right: int
+    seed: int
 
 
 def verify(
-    api: HfApi,
-    repo: str,
+    repository: Repository,
     revision: str | None = None,
-    images: int | None = IMAGES,
+    images: int | None = SAMPLE_SIZE,
     dataset: str | None = None,
-) -> Verified:
-    """Download a revision into an empty cache, compare checksums, card and results, and classify.
+    seed: int | None = None,
+) -> Verification:
+    """Check files, card, metrics and predictions; UserError that names the first failed check.
 
-    `images` test images (None: all), spread evenly over the split, go through
-    `transformers.pipeline`; as many must be right as at evaluation. `dataset` names the same
-    data elsewhere, as in a local folder. UserError that says what differs.
+    Args:
+        images: Size of the random sample to classify again; None for all test images.
+        dataset: Another place of the same dataset, such as a local folder.
     """
+    seed = secrets.randbelow(2**32) if seed is None else seed
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
-        with hub.in_words(api, repo):
-            commit = hub.retry(api.model_info, repo, revision=revision).sha
-            folder = Path(hub.retry(api.snapshot_download, repo, revision=commit, cache_dir=cache))
-            checked = hub.retry(api.verify_repo_checksums, repo, revision=commit, cache_dir=cache)
-        wrong = [m["path"] for m in checked.mismatches] + list(checked.missing_paths)
-        _expect(not wrong, repo, commit, f"the download of {', '.join(wrong)} is corrupt")
-        results = _read_results(folder, repo, commit)
-        changed = hub.changed_files(results["model"]["sha256"], folder)
-        _expect(not changed, repo, commit, f"{', '.join(changed)} is not what was evaluated")
-        maps = folder / "attention_faithfulness.json"
-        faithfulness = json.loads(maps.read_text()) if maps.exists() else None
-        said = card.differences((folder / "README.md").read_text(), results, faithfulness)
-        _expect(not said, repo, commit, "; ".join(said[:3]))
-        split = _images_of(folder, results, dataset)
-        _expect(
-            content_hash(split) == results["dataset"]["sha256"],
-            repo, commit, "the test images are not those it was evaluated on",
-        )  # fmt: skip
-        truth = np.asarray(split["label"][:])
-        predictions = np.asarray(results["predictions"])
-        _check_sums(results, truth, predictions, repo, commit)
-        chosen = np.unique(np.linspace(0, len(truth) - 1, images or len(truth)).astype(int))
-        found = _classify(api, repo, commit, cache, split.select(chosen), results["labels"])
-    right, expected = (int((p == truth[chosen]).sum()) for p in (found, predictions[chosen]))
-    _expect(
-        right == expected,
-        repo, commit,
-        f"of {len(chosen)} test images the download gets {right} right, "
-        f"at evaluation it was {expected}",
-    )  # fmt: skip
-    return Verified(commit, checked.checked_count, len(chosen), right)
+        api, name, request = repository.api, repository.name, repository.request
+        commit = request(api.repo_info, revision=revision).sha
+        folder = Path(request(api.snapshot_download, revision=commit, cache_dir=cache))
+        checksums = request(api.verify_repo_checksums, revision=commit, cache_dir=cache)
+        try:
+            if corrupt := [m["path"] for m in checksums.mismatches] + checksums.missing_paths:
+                raise UserError(f"The download of {', '.join(corrupt)} is corrupt.")
+            results = _check_files(folder, name)
+            split = DecodedImages(_load_split(folder, results, dataset))
+            _check_metrics(results, split.labels)
+            rows = np.random.default_rng(seed).permutation(len(split))[:images]
+            _check_predictions(folder, results, split, rows)
+        except UserError as error:
+            raise UserError(f"Verification of {name} @ {commit[:12]} failed. {error}") from None
+    return Verification(commit, len(rows), seed)
 
 
-def _expect(holds: bool, repo: str, commit: str, otherwise: str) -> None:
-    if not holds:
-        raise UserError(f"Verification of {repo} @ {commit[:12]} failed: {otherwise}.")
+def _check_files(folder: Path, repo: str) -> dict:
+    """Check that files, results and card belong together; return the results."""
+    paths = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    if missing := sorted({"README.md", *runs.MODEL_FILES, staging.EVALUATION} - paths):
+        raise UserError(f"It has no {', '.join(missing)}.")
+    results, faithfulness = staging.read_results(folder)
+    text, files = (folder / "README.md").read_bytes().decode(), sorted(paths - HUB_MANAGED_FILES)
+    if lines := card.card_mismatches(text, results, repo, files, faithfulness):
+        raise UserError("\n".join(["The card is not the one that its results give:", *lines]))
+    return results
 
 
-def _read_results(folder: Path, repo: str, commit: str) -> dict:
-    for name in ("README.md", *hub.MODEL_FILES, "evaluation_results.json"):
-        _expect((folder / name).exists(), repo, commit, f"it has no {name}")
-    return json.loads((folder / "evaluation_results.json").read_text())
-
-
-def _images_of(folder: Path, results: dict, dataset: str | None) -> datasets.Dataset:
-    """The split that was scored, decoded as it was then: `image` uint8 (3, H, W), `label`."""
-    about = results["dataset"]
-    data = data_of(str(folder), dataset or about["name"])
+def _load_split(folder: Path, results: dict, dataset: str | None) -> Dataset:
+    """Load the split of the evaluation, with its images decoded; see `load_split`."""
+    info, resample = results["dataset"], runs.read_json(folder / runs.MODEL_FILES[2])["resample"]
+    data = data_arguments(str(folder), dataset or info["name"])
     if dataset is None:
-        data = replace(data, dataset_config=about["config"], dataset_revision=about["revision"])
-    resample = json.loads((folder / "preprocessor_config.json").read_text())["resample"]
-    return load_splits(data, results["model"]["image_size"], resample, only=about["split"])[
-        about["split"]
-    ]
+        data = replace(data, dataset_config=info["config"], dataset_revision=info["revision"])
+    split = load_split(data, info["split"], results["model"]["image_size"], resample)
+    if content_hash(split) != info["sha256"] or split.features["label"].names != results["labels"]:
+        raise UserError(f"The {info['split']} images are not those it was evaluated on.")
+    return split
 
 
-def _check_sums(results: dict, truth, predictions, repo: str, commit: str) -> None:
-    """The published figures against the published predictions and the dataset's labels (N,)."""
-    same_length = len(predictions) == len(truth) == results["dataset"]["images"]
-    _expect(same_length, repo, commit, "the results have not one prediction for each image")
-    matrix = np.zeros_like(np.asarray(results["confusion_matrix"]))
-    np.add.at(matrix, (truth, predictions), 1)
-    _expect(
-        matrix.tolist() == results["confusion_matrix"]
-        and np.isclose(results["accuracy"], np.trace(matrix) / len(truth), atol=1e-9),
-        repo, commit, "the accuracy is not that of the predictions",
-    )  # fmt: skip
+def _check_metrics(results: dict, labels: np.ndarray) -> None:
+    """Compute all metrics again that follow from predictions and labels (N,): not nll and ece."""
+    predictions, num_classes = np.asarray(results["predictions"]), len(results["labels"])
+    if predictions.shape != labels.shape or not set(predictions) <= set(range(num_classes)):
+        raise UserError("The results do not have one prediction for each image.")
+    logits = np.eye(num_classes, dtype=np.float32)[predictions]  # (N, C)
+    scores = ImageClassification(keep_in_memory=True).compute(predictions=logits, references=labels)
+    for name in [name for name in scores if name not in ("nll", "ece")]:
+        if not np.array_equal(np.round(results[name], 6), np.round(scores[name], 6)):
+            raise UserError(f"The published {name} does not follow from the predictions.")
 
 
-def _classify(api: HfApi, repo: str, commit: str, cache: str, split, labels: list[str]):
-    """Predicted classes (N,) by `pipeline()`, from the cache whose bytes were checked."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    with hub.in_words(api, repo):
-        classify = hub.retry(
-            pipeline,
-            "image-classification",
-            model=repo,
-            revision=commit,
-            token=api.token,
-            model_kwargs={"cache_dir": cache},
-        )
-    # (3, H, W) to (H, W, 3), for Pillow
-    pictures = [Image.fromarray(np.moveaxis(np.asarray(i, np.uint8), 0, 2)) for i in split["image"]]
-    answers = classify(pictures, top_k=1, batch_size=64)
-    return np.asarray([labels.index(answer[0]["label"]) for answer in answers])
+def _check_predictions(folder: Path, results: dict, split: DecodedImages, rows) -> None:
+    """Classify the images of `rows` (n,) and compare with the published predictions."""
+    classifier = pipeline("image-classification", model=str(folder), trust_remote_code=False)
+    pixels = split.batch(rows)["pixel_values"].permute(0, 2, 3, 1)  # (n, H, W, 3)
+    images = [Image.fromarray(array) for array in pixels.numpy()]
+    answers = classifier(images, top_k=len(results["labels"]), batch_size=64)
+    different = 0
+    for row, answer in zip(rows, answers, strict=True):
+        probs = {entry["label"]: entry["score"] for entry in answer}
+        label = results["labels"][results["predictions"][row]]
+        different += probs.get(label, 0) < max(probs.values()) - TIE
+    if different:
+        raise UserError(f"{different} of {len(rows)} predictions are not the published ones.")

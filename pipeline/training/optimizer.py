@@ -44,7 +44,7 @@ def parameter_groups(
 
 
 def layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the transformer's layers, first to last; UserError if they are not all of one shape."""
+    """Return the transformer's layers, first to last; UserError if they differ in shape."""
     count = getattr(model.config, "num_hidden_layers", None)
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     shapes = {tuple(p.shape for p in layer.parameters()) for stack in stacks for layer in stack}

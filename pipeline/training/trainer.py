@@ -1,5 +1,6 @@
 """Fine-tune by a recipe with transformers' `Trainer`, overridden where the stock one is wrong."""
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from pipeline.data.decoding import DecodedImages
 from pipeline.data.loading import load_split, load_splits, load_stream
 from pipeline.data.streaming import ImageStream
 from pipeline.data.transforms import augment, mix, preprocess
+from pipeline.errors import UserError
 from pipeline.evaluation.metrics import ImageClassification
 from pipeline.recipe import Recipe
 from pipeline.training.checkpoints import check_same_recipe, last_checkpoint, restore
@@ -129,6 +131,11 @@ class ImageTrainer(Trainer):
             compute_loss_func=self.loss,
             compute_metrics=self.validation_metrics,
         )
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not self.is_fsdp_enabled:
+            # accelerate 1.15 would train whole copies without a warning.
+            raise UserError(
+                "fsdp2 shards over accelerators, and this host has none: use LAUNCHER=ddp."
+            )
         if self.is_fsdp_enabled:
             # Not the embeddings: accelerate 1.15 shards the patch embedding in them afterwards, and
             # fails if the module around it is sharded already.

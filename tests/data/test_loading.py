@@ -9,19 +9,21 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, draw_image
 from datasets import ClassLabel, Dataset, Features, Value
 
-from pipeline.data import Batches, content_hash, load_splits
+from pipeline.data.decoding import DecodedImages, content_hash
+from pipeline.data.loading import load_split, load_splits
 from pipeline.errors import UserError
 from pipeline.recipe import DataArguments
+from samples import ROOT, draw_image
 
 BICUBIC = 3
 
 
-def load(dataset, size=32, **options):
-    only = options.pop("only", None)
-    return load_splits(DataArguments(dataset=str(dataset), **options), size, BICUBIC, only)
+def load(dataset, *splits, size=32, **options):
+    """All splits, or these, decoded."""
+    data = DataArguments(dataset=str(dataset), **options)
+    return load_splits(data, size, BICUBIC, *(splits or ("train", "validation", "test")))
 
 
 def write_parquet(folder: Path, columns: dict, features: dict, split: str = "train") -> Path:
@@ -67,7 +69,7 @@ def test_one_folder_per_class(image_folder):
     assert splits["train"].features["label"].names == ["cat", "dog"]
     assert splits["train"].features["image"].shape == (3, 10, 12)  # as they are: no larger than 32
     assert sum(len(s) for s in splits.values()) == 40
-    first = Batches(splits["train"]).__getitems__([0])
+    first = DecodedImages(splits["train"]).batch([0])
     pixels = first["pixel_values"][0].permute(1, 2, 0).numpy()
     start = 100 * int(first["labels"][0])
     assert any(np.array_equal(pixels, draw_image(start + i)) for i in range(20))
@@ -93,7 +95,8 @@ def test_mixed_and_large_images_come_to_the_recipes_size(tmp_path):
     columns, features = pets()
     columns["photo"][7] = draw_image(7, (30, 9))
     mixed = load(write_parquet(tmp_path / "mixed", columns, features), validation_size=0.25)
-    assert mixed["train"].features["image"].shape == (3, 32, 32)
+    shapes = {split.features["image"].shape for split in mixed.values()}
+    assert shapes == {(3, 10, 12), (3, 32, 32)}  # the split with the odd one is resized
     large = load(write_parquet(tmp_path / "large", *pets(size=(50, 40))), validation_size=0.25)
     assert large["train"].features["image"].shape == (3, 32, 32)
     # Resized as the image processor would: Pillow, the whole image.
@@ -121,8 +124,8 @@ def test_several_processes_decode_to_the_same(tmp_path):
 
 
 def test_batches_are_the_images_in_the_order_asked_for():
-    split = load("digits", only="test")["test"]
-    batch = Batches(split).__getitems__([5, 3, 200])
+    split = load("digits", "test")["test"]
+    batch = DecodedImages(split).batch([5, 3, 200])
     assert batch["pixel_values"].dtype == torch.uint8
     assert batch["pixel_values"].shape == (3, 3, 32, 32)
     for i, row in enumerate([5, 3, 200]):
@@ -145,10 +148,10 @@ def test_batches_are_the_images_in_the_order_asked_for():
 def test_batches_are_those_of_the_dataset_whatever_was_done_to_it(tmp_path, part, num_proc):
     folder = write_parquet(tmp_path, *pets())
     write_parquet(tmp_path, *pets(), split="test")
-    split = part(load(folder, num_proc=num_proc, only="test")["test"])
-    batches = pickle.loads(pickle.dumps(Batches(split)))  # as a worker gets it
+    split = part(load(folder, "test", num_proc=num_proc)["test"])
+    batches = pickle.loads(pickle.dumps(DecodedImages(split)))  # as a worker gets it
     rows = list(range(len(split)))[::-1]
-    batch = batches.__getitems__(rows)
+    batch = batches.batch(rows)
     for i, row in enumerate(rows):
         assert np.array_equal(batch["pixel_values"][i], split[row]["image"])
         assert batch["labels"][i] == split[row]["label"]
@@ -190,7 +193,9 @@ def test_no_label_column(tmp_path):
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_an_image_that_cannot_be_decoded_is_named_by_split_and_row(image_folder, num_proc):
     (image_folder / "train" / "dog" / "03.png").write_bytes(b"no picture at all")
-    with pytest.raises(UserError, match=r'split "train", row 23, cannot be decoded'):
+    with pytest.raises(
+        UserError, match=r'row 23 of the split "train" \(.*03\.png\) cannot be decoded'
+    ):
         load(image_folder, num_proc=num_proc)
 
 
@@ -214,8 +219,8 @@ def test_a_split_that_is_not_there(image_folder):
         load(image_folder, test_split="holdout")
 
 
-def test_too_few_images_to_carve_from(tmp_path):
-    with pytest.raises(UserError, match="Cannot carve a test split"):
+def test_too_few_images_to_split(tmp_path):
+    with pytest.raises(UserError, match="Cannot split 20% of the train split off for test"):
         load(write_parquet(tmp_path, *pets(count=4)))
 
 
@@ -250,7 +255,7 @@ def test_an_unreachable_hub_names_the_ways_out(tmp_path):
 
 
 def test_real_cifar10_is_mapped_whole(shared):
-    test = load(shared / "data/cifar10", size=98, only="test")["test"]
+    test = load_split(DataArguments(dataset=str(shared / "data/cifar10")), "test", 98, BICUBIC)
     assert len(test) == 10_000
     assert test.features["image"].shape == (3, 32, 32)
     assert Counter(test["label"]) == dict.fromkeys(range(10), 1000)

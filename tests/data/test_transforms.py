@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from conftest import draw_image
 from PIL import Image
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from pipeline.preprocess import augment, mix, preprocess, random_crop, random_flip, resize
+from pipeline.data.transforms import augment, mix, preprocess, random_crop, random_flip, resize
+from samples import draw_image
 
 
 def as_tensor(image: Image.Image) -> torch.Tensor:

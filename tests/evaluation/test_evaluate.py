@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 
-from pipeline import evaluation
-from pipeline.data import load_splits
+from pipeline.data.loading import load_split
 from pipeline.errors import UserError
+from pipeline.evaluation.evaluate import as_text, evaluate
 from pipeline.recipe import DataArguments, load_recipe
-from pipeline.training import train
+from pipeline.training.trainer import train
+from samples import ROOT
 
 DIGITS = DataArguments(dataset="digits")
 
@@ -27,8 +27,8 @@ def model(tiny_recipe) -> str:
 def test_results_are_what_pipeline_gives_image_by_image(model):
     from transformers import pipeline
 
-    results = evaluation.evaluate(model, DIGITS)
-    test = load_splits(DIGITS, 32, 2, only="test")["test"]
+    results = evaluate(model, DIGITS)
+    test = load_split(DIGITS, "test", 32, 2)
     images = [
         Image.fromarray(torch.tensor(row["image"], dtype=torch.uint8).permute(1, 2, 0).numpy())
         for row in test
@@ -43,7 +43,7 @@ def test_results_are_what_pipeline_gives_image_by_image(model):
 
 
 def test_results_carry_what_they_were_computed_from(model):
-    results = evaluation.evaluate(model, DIGITS)
+    results = evaluate(model, DIGITS)
     for name, expected in results["model"]["sha256"].items():
         assert hashlib.sha256((Path(model) / name).read_bytes()).hexdigest() == expected
     assert set(results["model"]["sha256"]) == {
@@ -58,52 +58,56 @@ def test_results_carry_what_they_were_computed_from(model):
 
 
 def test_another_split_and_batch_size_give_their_own_numbers(model):
-    validation = evaluation.evaluate(model, DIGITS, split="validation", batch_size=7)
+    validation = evaluate(model, DIGITS, split="validation", batch_size=7)
     assert validation["dataset"]["images"] == 72
-    assert "split validation, 72 images" in evaluation.as_text(validation)
-    whole = evaluation.evaluate(model, DIGITS, batch_size=360)
-    assert evaluation.evaluate(model, DIGITS, batch_size=7)["accuracy"] == whole["accuracy"]
+    assert "split validation, 72 images" in as_text(validation)
+    whole = evaluate(model, DIGITS, batch_size=360)
+    assert evaluate(model, DIGITS, batch_size=7)["accuracy"] == whole["accuracy"]
 
 
 def test_a_first_look_says_so_and_is_close(model, monkeypatch):
-    whole = evaluation.evaluate(model, DIGITS)
-    monkeypatch.setattr("pipeline.environment.fast_bfloat16", lambda: True)
-    rounded = evaluation.evaluate(model, DIGITS, bf16=True)
+    whole = evaluate(model, DIGITS)
+    monkeypatch.setattr("pipeline.runs.has_fast_bfloat16", lambda: True)
+    rounded = evaluate(model, DIGITS, bf16=True)
     assert (whole["dtype"], rounded["dtype"]) == ("float32", "bfloat16")
     assert rounded["nll"] != whole["nll"]
     assert rounded["nll"] == pytest.approx(whole["nll"], abs=0.02)
     assert rounded["accuracy"] == pytest.approx(whole["accuracy"], abs=0.02)
-    assert "bfloat16" in evaluation.as_text(rounded)
+    assert "bfloat16" in as_text(rounded)
 
 
 def test_a_dataset_of_other_classes_is_refused(model, image_folder):
     with pytest.raises(UserError, match=r"10 classes \(0, 1, 2, …\).*2 classes \(cat, dog\)"):
-        evaluation.evaluate(model, DataArguments(dataset=str(image_folder)))
+        evaluate(model, DataArguments(dataset=str(image_folder)))
 
 
-def test_the_script_scores_the_last_run_and_writes_everything(model, here):
+def test_the_script_evaluates_the_last_run_and_writes_everything(model, here):
     result = subprocess.run(
         [sys.executable, ROOT / "scripts/evaluate_vit.py"], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    assert {p.name for p in (here / "results").iterdir()} == {
+    assert {p.name for p in (here / "results/run").iterdir()} == {
         "evaluation_results.txt",
         "evaluation_results.json",
         "training_curves.png",
         "confusion_matrix.png",
+        "manifest.json",
     }
-    results = json.loads((here / "results/evaluation_results.json").read_text())
+    assert (here / "results/evaluation_results.txt").readlink() == Path(
+        "run/evaluation_results.txt"
+    )
+    results = json.loads((here / "results/run/evaluation_results.json").read_text())
     text = (here / "results/evaluation_results.txt").read_text()
     assert f"{results['accuracy']:.2%}" in text
     assert text in result.stdout
     assert results["training"]["steps"] == 88
     for figure in ("training_curves.png", "confusion_matrix.png"):
-        with Image.open(here / "results" / figure) as image:
+        with Image.open(here / "results/run" / figure) as image:
             assert image.width > 500
             assert len(image.convert("L").getcolors(256)) > 20  # something is drawn
 
 
-def test_nothing_to_score_is_one_line(here):
+def test_nothing_to_evaluate_is_one_line(here):
     result = subprocess.run(
         [sys.executable, ROOT / "scripts/evaluate_vit.py"], capture_output=True, text=True
     )

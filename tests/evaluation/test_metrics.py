@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipeline.metrics import ImageClassification, calibration_error, wilson_interval
+from pipeline.evaluation.metrics import ImageClassification, calibration_error, wilson_interval
 
 # Four images of three classes; the third is wrong: class 1 taken for class 0.
 PROBABILITIES = np.array([[0.8, 0.1, 0.1], [0.25, 0.5, 0.25], [0.5, 0.25, 0.25], [0.1, 0.1, 0.8]])

@@ -3,7 +3,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, draw_image
 from PIL import Image
 from transformers import (
     ConvNextConfig,
@@ -20,9 +19,20 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from pipeline.attention import COLORS, LARGEST, explain, normalized, overlay, relevances, rollout
+from pipeline.explain.attention import (
+    COLORMAP,
+    MAX_SIDE,
+    class_relevance,
+    compute_maps,
+    normalized,
+    overlay,
+    rollout,
+)
+from samples import draw_image
 
-KINDS = {
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
+
+MODELS = {
     "vit": (ViTConfig, ViTForImageClassification, 1),
     "deit": (DeiTConfig, DeiTForImageClassification, 2),
     "dinov2": (Dinov2Config, Dinov2ForImageClassification, 1),
@@ -30,12 +40,12 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=MODELS)
 def model_and_tokens(request):
-    """A small model whose attention is far from even, and its number of tokens before patches."""
-    config, kind, tokens = KINDS[request.param]
+    """A small model with peaked attention, and its number of tokens before the patches."""
+    config, model_class, tokens = MODELS[request.param]
     torch.manual_seed(0)
-    model = kind(config(**SMALL, image_size=32, num_labels=5)).eval()
+    model = model_class(config(**SMALL, image_size=32, num_labels=5)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("q_proj.weight", "k_proj.weight", "query.weight", "key.weight")):
@@ -48,11 +58,11 @@ def pixels() -> torch.Tensor:
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-def projections(model, pixels) -> list[torch.Tensor]:
-    """Each layer's attention (B, H, T, T), computed here from its queries and keys."""
-    seen = []
+def attention_by_hand(model, pixels) -> list[torch.Tensor]:
+    """Compute each layer's attention (B, H, T, T) from its queries and keys."""
+    outputs = []
     hooks = [
-        module.register_forward_hook(lambda _m, _i, output: seen.append(output))
+        module.register_forward_hook(lambda _m, _i, output: outputs.append(output))
         for name, module in model.named_modules()
         if name.endswith(("q_proj", "k_proj", "attention.query", "attention.key"))
     ]
@@ -60,7 +70,7 @@ def projections(model, pixels) -> list[torch.Tensor]:
     for hook in hooks:
         hook.remove()
     heads = model.config.num_attention_heads
-    split = [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in seen]  # (B, H, T, d)
+    split = [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in outputs]  # (B, H, T, d)
     pairs = zip(split[::2], split[1::2], strict=True)
     return [(q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1) for q, k in pairs]
 
@@ -70,14 +80,14 @@ def test_logits_are_the_same_with_attention_on_and_off(model_and_tokens, pixels)
     assert model.config._attn_implementation == "sdpa"
     with torch.no_grad():
         plain = model(pixels).logits
-    torch.testing.assert_close(explain(model, pixels).logits, plain, atol=1e-4, rtol=0)
+    torch.testing.assert_close(compute_maps(model, pixels).logits, plain, atol=1e-4, rtol=0)
     assert model.config._attn_implementation == "sdpa"  # switched back
 
 
 def test_maps_are_the_class_row_of_softmax_of_queries_and_keys(model_and_tokens, pixels):
     model, tokens = model_and_tokens
-    maps = explain(model, pixels)
-    expected = projections(model, pixels)
+    maps = compute_maps(model, pixels)
+    expected = attention_by_hand(model, pixels)
     assert len(expected) == 2
     assert maps.heads.shape == (3, 2, 2, 4, 4)
     for layer, attention in enumerate(expected):
@@ -88,7 +98,7 @@ def test_maps_are_the_class_row_of_softmax_of_queries_and_keys(model_and_tokens,
             torch.testing.assert_close(maps.select("head", layer, head), row, atol=1e-5, rtol=0)
         mean = attention.mean(1)[:, 0, tokens:].reshape(3, 4, 4)
         torch.testing.assert_close(maps.select("mean", layer), mean, atol=1e-5, rtol=0)
-    assert maps.heads.std() > 0.02  # it is no even map that would hide a mix-up
+    assert maps.heads.std() > 0.02  # uniform maps would hide a mix-up
     rows = rollout(expected)
     torch.testing.assert_close(rows.sum(-1), torch.ones_like(rows[..., 0]))
 
@@ -111,32 +121,32 @@ def test_relevance_equals_a_hand_worked_two_layer_two_head_model():
     # Layer 1: the mean of [[1,0],[.2,0]] and [[0,1],[0,3]]; plus I: [[1.5,.5],[.1,2.5]].
     # Layer 2: the mean of [[1,3],[0,0]] and 0, times that, added to it.
     expected = torch.tensor([[2.4, 4.5], [0.1, 2.5]])
-    torch.testing.assert_close(relevances([first, second], (gradient, last))[0], expected)
+    torch.testing.assert_close(class_relevance([first, second], (gradient, last))[0], expected)
 
 
-def test_relevance_is_of_the_class_that_is_named(model_and_tokens, pixels):
+def test_relevance_is_for_the_requested_class(model_and_tokens, pixels):
     model, _ = model_and_tokens
-    predicted = explain(model, pixels)
+    predicted = compute_maps(model, pixels)
     assert torch.equal(predicted.classes, predicted.logits.argmax(1))
-    same = explain(model, pixels, predicted.classes)
+    same = compute_maps(model, pixels, predicted.classes)
     torch.testing.assert_close(same.relevance, predicted.relevance)
-    other = explain(model, pixels, (predicted.classes + 1) % 5)
+    other = compute_maps(model, pixels, (predicted.classes + 1) % 5)
     assert not torch.allclose(other.relevance, predicted.relevance)
     torch.testing.assert_close(other.rollout, predicted.rollout)
 
 
 def test_a_model_in_bfloat16_has_nearly_the_same_maps(model_and_tokens, pixels):
     model, _ = model_and_tokens
-    exact = explain(model, pixels)
-    rounded = explain(copy.deepcopy(model).bfloat16(), pixels.bfloat16(), exact.classes)
+    exact = compute_maps(model, pixels)
+    rounded = compute_maps(copy.deepcopy(model).bfloat16(), pixels.bfloat16(), exact.classes)
     for method in ("mean", "head", "rollout", "relevance"):
-        maps = [found.select(method).float().flatten() for found in (rounded, exact)]
-        assert torch.stack(maps).corrcoef()[0, 1] > 0.98
+        flat = [maps.select(method).float().flatten() for maps in (rounded, exact)]
+        assert torch.stack(flat).corrcoef()[0, 1] > 0.98
 
 
 def test_one_image_in_a_batch_has_the_maps_it_has_alone(model_and_tokens, pixels):
     model, _ = model_and_tokens
-    together, alone = explain(model, pixels), explain(model, pixels[1:2])
+    together, alone = compute_maps(model, pixels), compute_maps(model, pixels[1:2])
     for method in ("mean", "head", "rollout", "relevance"):
         torch.testing.assert_close(
             together.select(method)[1:2], alone.select(method), atol=1e-5, rtol=1e-4
@@ -160,38 +170,55 @@ def test_one_image_in_a_batch_has_the_maps_it_has_alone(model_and_tokens, pixels
 )  # fmt: skip
 def test_a_model_without_global_attention_is_refused(model, pixels):
     with pytest.raises(ValueError, match=r"ImageClassification has no global attention"):
-        explain(model, pixels)
+        compute_maps(model, pixels)
 
 
-def test_what_is_not_there_is_named(model_and_tokens, pixels):
+def test_an_unknown_layer_head_method_or_class_is_an_error(model_and_tokens, pixels):
     model, _ = model_and_tokens
-    maps = explain(model, pixels, relevance=False)
-    with pytest.raises(ValueError, match="no layer 2: the model has 2, 0 to 1"):
+    maps = compute_maps(model, pixels, relevance=False)
+    with pytest.raises(ValueError, match="no layer 2; the layers are 0 to 1"):
         maps.select("mean", layer=2)
-    with pytest.raises(ValueError, match="no head 7: a layer has 2, 0 to 1"):
+    with pytest.raises(ValueError, match="no head 7; the heads are 0 to 1"):
         maps.select("head", head=7)
     with pytest.raises(ValueError, match='no map "relevance"'):
         maps.select("relevance")
     with pytest.raises(ValueError, match="no class 5: the model has 5, 0 to 4"):
-        explain(model, pixels, 5)
+        compute_maps(model, pixels, 5)
 
 
-def test_an_overlay_is_darkest_where_attention_is_highest():
+@pytest.mark.parametrize("color", ["black", "gray", "white", "red"])
+def test_an_overlay_is_darkest_where_attention_is_highest(color):
     values = np.zeros((4, 4))
     values[3, 0] = 1
-    laid = overlay(Image.new("RGB", (32, 32), "grey"), values)
+    laid = overlay(Image.new("RGB", (32, 32), color), values)
     assert laid.size == (224, 224)  # a small image is enlarged
-    grey = np.asarray(laid.convert("L"), dtype=float)
-    assert np.unravel_index(grey.argmin(), grey.shape)[0] > 168
-    assert np.unravel_index(grey.argmin(), grey.shape)[1] < 56
+    gray = np.asarray(laid.convert("L"), dtype=float)
+    row, column = np.unravel_index(gray.argmin(), gray.shape)
+    assert row > 168
+    assert column < 56
+    assert gray.max() - gray.min() > 40
+
+
+def test_an_image_keeps_its_colors_where_attention_is_lowest():
+    values = np.zeros((4, 4))
+    values[3, 0] = 1
+    red = np.asarray(overlay(Image.new("RGB", (224, 224), (200, 40, 40)), values))[0, -1] / 255
+    np.testing.assert_allclose(red, 0.35 + 0.65 * np.array([200, 40, 40]) / 255, atol=0.01)
+    transparent = overlay(draw_image(0, (224, 224)), values, opacity=0)
+    even = overlay(draw_image(0, (224, 224)), np.ones((4, 4)))
+    assert np.array_equal(transparent, even)
+
+
+def test_an_overlay_has_the_shape_of_its_image():
+    values = np.eye(4)
     assert overlay(draw_image(0, (600, 300)), values).size == (600, 300)
-    assert overlay(draw_image(0, (1, 5000)), values).size == (1, LARGEST)
+    assert overlay(draw_image(0, (1, 5000)), values).size == (1, MAX_SIDE)
 
 
-def test_the_colours_darken_evenly_also_in_greyscale():
-    luminance = COLORS(np.linspace(0, 1, 50))[:, :3] @ [0.2126, 0.7152, 0.0722]
+def test_the_color_map_darkens_evenly_in_grayscale():
+    luminance = COLORMAP(np.linspace(0, 1, 50))[:, :3] @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(luminance) < 0).all()
 
 
-def test_an_even_map_is_shown_as_none():
+def test_a_uniform_map_is_normalized_to_zero():
     assert (normalized(np.full((3, 3), 0.1)) == 0).all()

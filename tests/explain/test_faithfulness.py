@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.faithfulness import STEPS, _curve, area, summary
+from pipeline.explain.faithfulness import STEPS, _curve, auc, summarize
 
 
 class FirstPatch(torch.nn.Module):
@@ -44,14 +44,14 @@ def test_insertion_rises_at_once_in_the_right_order(curve):
 
 
 def test_area_of_a_straight_line():
-    assert area(np.linspace(1, 0, STEPS)[None])[0] == pytest.approx(0.5)
-    assert area(np.ones((3, STEPS))) == pytest.approx(np.ones(3))
+    assert auc(np.linspace(1, 0, STEPS)[None])[0] == pytest.approx(0.5)
+    assert auc(np.ones((3, STEPS))) == pytest.approx(np.ones(3))
 
 
 def test_a_method_beats_random_only_where_its_interval_says_so():
     random = np.random.default_rng(0).random(300)
     noise = np.random.default_rng(1).normal(0, 0.3, 300)
-    found = summary(
+    summary = summarize(
         {
             "random": {"deletion": random, "insertion": random},
             "good": {"deletion": random - 0.1, "insertion": random + 0.1},
@@ -60,13 +60,13 @@ def test_a_method_beats_random_only_where_its_interval_says_so():
         }
     )
     for kind in ("deletion", "insertion"):
-        good, bad = found["good"][kind], found["bad"][kind]
-        assert good["better_by"] == pytest.approx(0.1)
-        assert good["better_by_interval"] == pytest.approx([0.1, 0.1])
+        good, bad = summary["good"][kind], summary["bad"][kind]
+        assert good["gain_over_random"] == pytest.approx(0.1)
+        assert good["gain_interval"] == pytest.approx([0.1, 0.1])
         assert good["beats_random"]
-        assert bad["better_by"] == pytest.approx(-0.1)
+        assert bad["gain_over_random"] == pytest.approx(-0.1)
         assert not bad["beats_random"]
-    assert not found["noisy"]["deletion"]["beats_random"]
-    low, high = found["noisy"]["deletion"]["better_by_interval"]
+    assert not summary["noisy"]["deletion"]["beats_random"]
+    low, high = summary["noisy"]["deletion"]["gain_interval"]
     # The bootstrap of a mean: about 1.96 standard errors each way.
     assert high - low == pytest.approx(2 * 1.96 * 0.3 / 300**0.5, rel=0.15)

@@ -3,36 +3,37 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, draw_image
 from PIL import Image
 
-from pipeline import visualization
-from pipeline.data import load_splits
+from pipeline.data.loading import load_split
 from pipeline.errors import UserError
-from pipeline.model import load
+from pipeline.explain import figures
+from pipeline.explain.faithfulness import measure_faithfulness
 from pipeline.recipe import DataArguments, load_recipe
-from pipeline.training import train
+from pipeline.training.model import load_model
+from pipeline.training.trainer import train
+from samples import ROOT, draw_image
 
 
 @pytest.fixture
 def model(tiny_recipe):
     train(load_recipe(tiny_recipe, [], "run"))
-    return load("models/run")
+    return load_model("models/run")
 
 
-def test_the_typical_images_are_one_per_class_and_the_surest_mistakes():
+def test_examples_are_one_per_class_and_the_most_confident_errors():
     labels = [0, 0, 1, 1, 2, 2, 2]
     predictions = [1, 0, 1, 0, 0, 2, 1]
     confidences = [0.5, 0.9, 0.8, 0.7, 0.6, 0.9, 0.99]
-    assert visualization.typical_rows(labels, predictions, confidences) == [1, 2, 5, 6, 3, 4, 0]
+    assert figures.select_examples(labels, predictions, confidences) == [1, 2, 5, 6, 3, 4, 0]
 
 
 def test_every_figure_is_drawn_for_files_and_rows(model, here):
     draw_image(0, (40, 30)).save(here / "my photo.png")
-    test = load_splits(DataArguments(dataset="digits"), 32, 2, only="test")["test"]
-    pictures = visualization.from_files([here / "my photo.png"])
-    pictures += visualization.from_rows(test, [7])
-    files = visualization.draw(*model, pictures, here / "out", layer=0, head=1, target="3")
+    test = load_split(DataArguments(dataset="digits"), "test", 32, 2)
+    examples = figures.examples_from_files([here / "my photo.png"])
+    examples += figures.examples_from_rows(test, [7])
+    files = figures.draw(*model, examples, here / "out", layer=0, head=1, target="3")
     name = f"00007_{test[7]['label']}"
     kinds = ("overlay", "layers", "heads", "rollout", "relevance")
     expected = {f"{n}_{kind}.png" for n in ("my_photo", name) for kind in kinds} | {"overview.png"}
@@ -43,10 +44,10 @@ def test_every_figure_is_drawn_for_files_and_rows(model, here):
 
 
 def test_faithfulness_is_the_same_for_the_same_seed(model):
-    test = load_splits(DataArguments(dataset="digits"), 32, 2, only="test")["test"]
-    first = visualization.measure(*model, test, 20, head=0)
-    assert first == visualization.measure(*model, test, 20, head=0)
-    assert first != visualization.measure(*model, test, 20, head=0, seed=1)
+    test = load_split(DataArguments(dataset="digits"), "test", 32, 2)
+    first = measure_faithfulness(*model, test, 20, head=0)
+    assert first == measure_faithfulness(*model, test, 20, head=0)
+    assert first != measure_faithfulness(*model, test, 20, head=0, seed=1)
     assert set(first["methods"]) == {"mean", "head", "rollout", "relevance", "random"}
     for curve in first["curves"].values():
         # Whole at one end, grey at the other, whatever the order.
@@ -57,44 +58,44 @@ def test_faithfulness_is_the_same_for_the_same_seed(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layer": 5}, "no layer 5: the model has 2"),
-        ({"head": 2}, "no head 2: a layer has 2"),
+        ({"layer": 5}, "no layer 5; the layers are 0 to 1"),
+        ({"head": 2}, "no head 2; the heads are 0 to 1"),
         ({"target": "ten"}, 'no class "ten"; there are 0, 1, 2'),
     ],
 )
 def test_a_wrong_choice_is_named(model, here, options, message):
-    test = load_splits(DataArguments(dataset="digits"), 32, 2, only="test")["test"]
-    pictures = visualization.from_rows(test, [0])
+    test = load_split(DataArguments(dataset="digits"), "test", 32, 2)
+    examples = figures.examples_from_rows(test, [0])
     with pytest.raises(UserError, match=message):
-        visualization.draw(
-            *model, pictures, here / "out", **({"layer": -1, "head": 0, "target": None} | options)
+        figures.draw(
+            *model, examples, here / "out", **({"layer": -1, "head": 0, "target": None} | options)
         )
 
 
 def test_a_wrong_selection_is_named(model, here):
-    test = load_splits(DataArguments(dataset="digits"), 32, 2, only="test")["test"]
+    test = load_split(DataArguments(dataset="digits"), "test", 32, 2)
     (here / "notes.png").write_text("no picture")
-    with pytest.raises(UserError, match=r"Cannot read the image .*notes.png"):
-        visualization.from_files([here / "notes.png"])
+    with pytest.raises(UserError, match=r"The image .*notes.png cannot be decoded"):
+        figures.examples_from_files([here / "notes.png"])
     with pytest.raises(UserError, match="no row 360: the split has 360"):
-        visualization.from_rows(test, [360])
+        figures.examples_from_rows(test, [360])
     with pytest.raises(UserError, match="No image is chosen"):
-        visualization.draw(*model, [], here, -1, 0, None)
-    with pytest.raises(UserError, match="wants 1 to 360 images; 361"):
-        visualization.measure(*model, test, 361, head=0)
+        figures.draw(*model, [], here, -1, 0, None)
+    with pytest.raises(UserError, match="takes 1 to 360 images; 361"):
+        measure_faithfulness(*model, test, 361, head=0)
 
 
 def test_the_script_draws_the_typical_images_of_the_last_run(model, here):
     command = [sys.executable, ROOT / "scripts/visualize_attention.py"]
     result = subprocess.run([*command, "--faithfulness=10"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    folder = here / "results/visualizations"
+    folder = here / "results/run/visualizations"
     assert (folder / "overview.png").exists()
     assert len(list(folder.glob("*_layers.png"))) >= 7
-    found = json.loads((here / "results/attention_faithfulness.json").read_text())
+    found = json.loads((here / "results/run/attention_faithfulness.json").read_text())
     assert found["images"] == 10
-    assert (here / "results/attention_faithfulness.png").exists()
-    assert "than random" in result.stdout
+    assert (here / "results/run/attention_faithfulness.png").exists()
+    assert "than random order" in result.stdout
 
     result = subprocess.run([*command, "--layer=9"], capture_output=True, text=True)
     assert result.returncode == 1

@@ -6,55 +6,44 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
+from pathlib import Path
+
+import pytest
+from huggingface_hub import HfApi
 
 import push_to_hub
-import pytest
-from conftest import FAITHFULNESS, MINE, OTHER, READER, draw_image
-from huggingface_hub import CommitOperationAdd, HfApi
-
-from pipeline import card, hub, verification
+from hub_fixtures import MINE, OTHER, READER
+from pipeline import runs
 from pipeline.errors import UserError
-from pipeline.recipe import DataArguments, load_recipe
-
-REPO = "me/digits"
-
-
-@pytest.fixture
-def mine(hub_server, measured, monkeypatch) -> HfApi:
-    """The Hub as its user sees it, and a measured model in the folder worked in."""
-    monkeypatch.setenv("HF_TOKEN", MINE)
-    monkeypatch.setattr(hub, "BACKOFF", (0.01, 0.01))
-    return HfApi(hub_server.url, token=MINE)
+from pipeline.publish.hub import Repository
+from pipeline.publish.staging import published_files, stage
+from pipeline.recipe import load_recipe
+from publishing import MODEL, REPO, RESULTS, history, replace_file, run_script, send
+from samples import draw_image
 
 
-def push(monkeypatch, *arguments: str, repo: str = REPO) -> None:
-    monkeypatch.setattr(sys, "argv", ["push_to_hub.py", repo, "--model", "models/tiny", *arguments])
-    push_to_hub.main()
+def push(monkeypatch, *args: str, repo: str = REPO) -> None:
+    run_script(monkeypatch, push_to_hub.main, repo, "--model", str(MODEL), *args)
 
 
-def send(api: HfApi, folder, propose: bool = False) -> str:
-    """What `push` does up to the commit; returns its hash."""
-    results = json.loads((folder / "results/evaluation_results.json").read_text())
-    files = hub.published_files(folder / "models/tiny", folder / "results")
-    text = card.render(results, REPO, "mit", list(files))
-    (folder / "staged").mkdir(exist_ok=True)
-    staged = hub.stage(files, text, folder / "staged", MINE)
-    info = hub.check_access(api, REPO)
-    plan = hub.plan(api, REPO, staged, info.sha if info else None)
-    plan.head = plan.head or hub.create(api, REPO, private=False)
-    return hub.commit(api, REPO, staged, plan, "Publish", propose)
+def record(path: str, images: str | None = None, weights: str | None = None) -> None:
+    """Add a file to the results of the model."""
+    (RESULTS / path).parent.mkdir(exist_ok=True)
+    (RESULTS / path).write_bytes(b"png")
+    weights = weights or runs.sha256(MODEL / "model.safetensors")
+    runs.record_files(RESULTS, {path: images}, weights)
 
 
-def history(api: HfApi) -> list[str]:
-    return [commit.title for commit in api.list_repo_commits(REPO)]
+def large_files(server) -> list[Path]:
+    """The files that the Hub keeps beside git."""
+    return [file for file in server.root.rglob("lfs/**/*") if file.is_file()]
 
 
-def test_a_push_is_one_commit_verified_and_then_tagged(mine, here, monkeypatch, capsys):
+def test_a_push_is_one_commit_verified_and_then_tagged(api, monkeypatch, capsys):
     push(monkeypatch, "--tag", "v1", "--private")
-    assert len(history(mine)) == 2
-    assert set(mine.list_repo_files(REPO)) == {
+    assert len(history(api)) == 2
+    assert set(api.list_repo_files(REPO)) == {
         ".gitattributes",
         "README.md",
         "config.json",
@@ -64,56 +53,106 @@ def test_a_push_is_one_commit_verified_and_then_tagged(mine, here, monkeypatch, 
         "preprocessor_config.json",
         "recipe.yaml",
     }
-    info = mine.model_info(REPO)
+    info = api.model_info(REPO)
     assert info.private
-    assert hub.tags(mine, REPO) == {"v1": info.sha}
-    assert "as at evaluation" in capsys.readouterr().out
-    # Again: nothing to do, and it says so.
+    assert Repository(api, REPO).refs() == {"refs/heads/main": info.sha, "refs/tags/v1": info.sha}
+    printed = capsys.readouterr().out
+    assert "(new)" in printed
+    assert re.search(r"Verified: .* the published predictions for 360 test images", printed, re.S)
+
     push(monkeypatch, "--tag", "v1")
     assert "Nothing has changed" in capsys.readouterr().out
-    assert mine.model_info(REPO).sha == info.sha
-    # What was measured is another matter now: the tag is not moved.
-    (here / "results/training_curves.png").write_bytes(b"png")
+    assert api.model_info(REPO).sha == info.sha
+
+    record("training_curves.png")
     with pytest.raises(UserError, match="has a tag v1 already"):
         push(monkeypatch, "--tag", "v1")
-    assert mine.model_info(REPO).sha == info.sha
+    assert api.model_info(REPO).sha == info.sha
 
 
-def test_a_dry_run_sends_nothing(mine, here, monkeypatch, capsys):
+def test_without_a_name_the_model_trained_last_is_pushed_and_named(api, monkeypatch, capsys):
+    (MODEL / "training.json").write_text("{}")
+    run_script(monkeypatch, push_to_hub.main, REPO, "--dry_run")
+    assert re.search(r"Model: +models/tiny\n", capsys.readouterr().out)
+
+
+def test_a_dry_run_sends_nothing(api, monkeypatch, capsys):
     push(monkeypatch, "--dry_run")
     printed = capsys.readouterr().out
     assert re.search(r"add +[\d,]+  model.safetensors", printed)
-    assert (here / "results/model_card.md").read_text().startswith("---\nlibrary_name")
-    assert not mine.repo_exists(REPO)
+    assert f"{api.endpoint}/{REPO} (new)" in printed
+    assert (RESULTS / "model_card.md").read_text().startswith("---\nlibrary_name")
+    assert not api.repo_exists(REPO)
 
 
-def test_what_an_earlier_push_left_is_removed_in_the_same_commit(mine, here):
-    (here / "results/training_curves.png").write_bytes(b"png")
-    send(mine, here)
-    (here / "results/training_curves.png").unlink()
-    shutil.rmtree(here / "staged")
-    send(mine, here)
-    assert history(mine) == ["Publish", "Publish", "initial commit"]
-    assert "training_curves.png" not in mine.list_repo_files(REPO)
+def test_what_an_earlier_push_left_is_removed_in_the_same_commit(api):
+    record("training_curves.png")
+    send(api)
+    assert "training_curves.png" in api.list_repo_files(REPO)
+    (RESULTS / "training_curves.png").unlink()
+    send(api)
+    assert history(api) == ["Publish", "Publish", "initial commit"]
+    assert "training_curves.png" not in api.list_repo_files(REPO)
 
 
-def test_only_what_is_on_the_list_is_published(mine, here):
-    for name in ("training_args.bin", "optimizer.pt", "run.log", ".env"):
-        (here / "models/tiny" / name).write_bytes(b"\x80\x04pickle")
-        (here / "results" / name).write_bytes(b"\x80\x04pickle")
-    send(mine, here)
-    names = mine.list_repo_files(REPO)
-    assert not [n for n in names if n.endswith((".bin", ".pt", ".log", ".env", ".pkl"))]
+def test_only_files_in_the_manifest_with_these_weights_are_published(measured):
+    before = published_files(MODEL, RESULTS)
+    for name in ("training_args.bin", "optimizer.pt", "run.log", ".env", "notes.png"):
+        (MODEL / name).write_bytes(b"\x80\x04pickle")
+        (RESULTS / name).write_bytes(b"\x80\x04pickle")
+    record("training_curves.png", weights="0" * 64)
+    record("visualizations/passport_layers.png", images="user")
+    record("robustness.txt")
+    assert published_files(MODEL, RESULTS) == before
+    record("training_curves.png")
+    record("attention_faithfulness.png")
+    assert published_files(MODEL, RESULTS).keys() - before.keys() == {
+        "training_curves.png",
+        "attention_faithfulness.png",
+    }
 
 
-@pytest.mark.parametrize("secret", [MINE, "hf_" + "a" * 34, "-----BEGIN PRIVATE KEY-----"])
-def test_a_secret_in_a_file_stops_the_push(mine, here, secret):
-    with open(here / "models/tiny/recipe.yaml", "a") as recipe:
-        recipe.write(f"key: {secret}\n")
-    with pytest.raises(UserError, match=r"recipe\.yaml holds what looks like a secret") as error:
-        send(mine, here)
+def test_an_overview_and_two_examples_of_the_maps_are_published(measured):
+    for name in ("00003_a_layers", "00001_b_layers", "00002_c_layers", "00001_b_methods"):
+        record(f"visualizations/{name}.png", images="dataset")
+    record("visualizations/overview.png", images="dataset")
+    published = published_files(MODEL, RESULTS)
+    assert [path for path in published if path.startswith("visualizations/")] == [
+        "visualizations/00001_b_layers.png",
+        "visualizations/00002_c_layers.png",
+        "visualizations/overview.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        MINE,
+        f"hf_{'a' * 34}",
+        f"hf_oauth_{'a' * 34}",
+        f"github_pat_{'1a_' * 20}",
+        f"ghp_{'a' * 36}",
+        "AKIAIOSFODNN7EXAMPLE",
+        "-----BEGIN PRIVATE KEY-----",
+    ],
+)
+def test_a_file_with_a_secret_is_not_staged(here, secret):
+    files = {"config.json": "{}", "recipe.yaml": f"dataset: digits\nkey: {secret}\n"}
+    with pytest.raises(UserError, match=r"recipe\.yaml has what looks like a secret") as error:
+        stage(files, here, token=MINE)
     assert secret not in str(error.value)
-    assert not mine.repo_exists(REPO)
+
+
+def test_text_that_only_resembles_a_secret_is_staged(here):
+    names = "hf_" + "hub_download_and_cache_the_file_there", "x" + "ghp_" + "a" * 36, "sk-learn"
+    assert stage({"recipe.yaml": " ".join(names)}, here, MINE).keys() == {"recipe.yaml"}
+
+
+def test_a_secret_in_the_recipe_stops_the_push(api):
+    (MODEL / "recipe.yaml").write_text(f"dataset: digits\nhub_token: {MINE}\n")
+    with pytest.raises(UserError, match=r"recipe\.yaml has what looks like a secret"):
+        send(api)
+    assert not api.repo_exists(REPO)
 
 
 @pytest.mark.parametrize(
@@ -123,11 +162,12 @@ def test_a_secret_in_a_file_stops_the_push(mine, here, secret):
         ("GET", "api/models/me/digits", "drop"),
         ("POST", "repos/create", 500),
         ("POST", "repos/create", "lose"),
+        ("GET", "/refs", 503),
         ("POST", "validate-yaml", 429),
-        ("POST", "preupload", 429),
-        ("POST", "objects/batch", "drop"),
-        ("PUT", "/lfs/", "drop"),
-        ("POST", "/verify", 503),
+        pytest.param(("POST", "preupload", 429), marks=pytest.mark.slow),
+        pytest.param(("POST", "objects/batch", "drop"), marks=pytest.mark.slow),
+        pytest.param(("PUT", "", "drop"), marks=pytest.mark.slow),
+        pytest.param(("POST", "/verify", 503), marks=pytest.mark.slow),
         ("POST", "/commit/", 429),
         ("POST", "/commit/", 500),
         ("POST", "/commit/", "drop"),
@@ -135,116 +175,137 @@ def test_a_secret_in_a_file_stops_the_push(mine, here, secret):
     ],
     ids=str,
 )
-def test_a_passing_fault_leaves_exactly_one_commit(mine, hub_server, here, fault):
+def test_a_transient_fault_leaves_exactly_one_commit(api, hub_server, fault):
     hub_server.faults.append(fault)
-    commit = send(mine, here)
+    commit = send(api)
     assert not hub_server.faults
-    assert history(mine) == ["Publish", "initial commit"]
-    assert mine.model_info(REPO).sha == commit
+    assert history(api) == ["Publish", "initial commit"]
+    assert api.model_info(REPO).sha == commit
 
 
-def test_a_lost_reply_makes_no_second_pull_request(mine, hub_server, here):
-    mine.create_repo(REPO)
+def test_a_lost_reply_makes_no_second_pull_request(api, hub_server):
+    api.create_repo(REPO)
     hub_server.faults.append(("POST", "/commit/", "lose"))
-    commit = send(mine, here, propose=True)
-    proposals = mine.list_repo_refs(REPO, include_pull_requests=True).pull_requests
-    assert [p.target_commit for p in proposals] == [commit]
-    assert history(mine) == ["initial commit"]
+    commit = send(api, create_pr=True)
+    refs = api.list_repo_refs(REPO, include_pull_requests=True)
+    assert [ref.target_commit for ref in refs.pull_requests] == [commit]
+    assert history(api) == ["initial commit"]
 
 
-def test_a_tag_whose_reply_is_lost_is_set_once(mine, hub_server, here):
-    commit = send(mine, here)
+def test_a_pull_request_is_verified_and_its_address_printed(api, monkeypatch, capsys):
+    with pytest.raises(UserError, match="There is no .* to open a pull request on"):
+        push(monkeypatch, "--pr")
+    api.create_repo(REPO)
+    push(monkeypatch, "--pr")
+    printed = capsys.readouterr().out
+    assert re.search(rf"Proposed: .*{api.endpoint}/{REPO}/discussions/1\n", printed)
+    assert "Verified: " in printed
+    assert history(api) == ["initial commit"]
+    with pytest.raises(UserError, match="can't be tagged"):
+        push(monkeypatch, "--pr", "--tag", "v1")
+
+
+def test_a_tag_whose_reply_is_lost_is_set_once(api, hub_server):
+    repository = Repository(api, REPO)
+    commit = send(api)
     hub_server.faults.append(("POST", "/tag/", "lose"))
-    hub.tag(mine, REPO, "v1", commit)
-    assert hub.tags(mine, REPO) == {"v1": commit}
-    with pytest.raises(UserError, match="409"):
-        hub.tag(mine, REPO, "v1", mine.list_repo_commits(REPO)[-1].commit_id)
+    repository.tag("v1", commit)
+    assert repository.refs()["refs/tags/v1"] == commit
+    with pytest.raises(UserError, match="has a tag v1 already"):
+        repository.tag("v1", api.list_repo_commits(REPO)[-1].commit_id)
+    assert repository.refs()["refs/tags/v1"] == commit
 
 
-@pytest.mark.parametrize("what", [503, "drop"])
-def test_a_lasting_fault_leaves_the_old_state(mine, hub_server, here, what):
-    hub_server.faults += [("POST", "/commit/", what)] * 3
+@pytest.mark.parametrize("fault", [503, "drop"])
+def test_a_lasting_fault_leaves_the_old_state(api, hub_server, fault):
+    hub_server.faults += [("POST", "/commit/", fault)] * 3
     with pytest.raises(UserError, match=r"answered 503|can't be reached"):
-        send(mine, here)
-    assert history(mine) == ["initial commit"]
+        send(api)
+    assert history(api) == ["initial commit"]
 
 
-def test_a_large_file_lost_before_the_commit_leaves_the_old_state(mine, hub_server, here):
-    hub_server.faults.append(
-        ("POST", "/commit/", lambda: [f.unlink() for f in hub_server.root.glob("lfs/*/*")])
-    )
+def test_a_large_file_lost_before_the_commit_leaves_the_old_state(api, hub_server):
+    def lose_large_files():
+        for file in large_files(hub_server):
+            file.unlink()
+
+    hub_server.faults.append(("POST", "/commit/", lose_large_files))
     with pytest.raises(UserError, match="answered 400 .*not uploaded"):
-        send(mine, here)
-    assert history(mine) == ["initial commit"]
+        send(api)
+    assert history(api) == ["initial commit"]
 
 
-def test_somebody_elses_commit_in_between_is_not_overwritten(mine, hub_server, here):
-    def race():
-        add = CommitOperationAdd("notes.txt", b"mine")
-        mine.create_commit(REPO, [add], commit_message="Other")
-
-    hub_server.faults.append(("POST", "/commit/", race))
+def test_a_commit_of_somebody_else_meanwhile_is_not_overwritten(api, hub_server):
+    hub_server.faults.append(("POST", "/commit/", lambda: replace_file(api, "notes.txt", b"mine")))
     with pytest.raises(UserError, match="Somebody else has committed"):
-        send(mine, here)
-    assert history(mine) == ["Other", "initial commit"]
+        send(api)
+    assert history(api) == ["Other", "initial commit"]
 
 
-def test_an_interrupted_push_leaves_the_repository_as_it_was(mine, hub_server, here):
+def test_an_interrupted_push_leaves_the_repository_as_it_was(api, hub_server):
     main = threading.main_thread().ident
     hub_server.faults.append(
         ("POST", "preupload", lambda: signal.pthread_kill(main, signal.SIGINT))
     )
     with pytest.raises(KeyboardInterrupt):
-        send(mine, here)
-    assert history(mine) == ["initial commit"]
-    send(mine, here)
-    assert history(mine) == ["Publish", "initial commit"]
+        send(api)
+    assert history(api) == ["initial commit"]
+    send(api)
+    assert history(api) == ["Publish", "initial commit"]
 
 
-def test_a_repository_deleted_in_between_is_said_in_one_line(mine, hub_server, here, monkeypatch):
-    hub_server.faults.append(("POST", "/commit/", lambda: mine.delete_repo(REPO)))
+def test_a_repository_deleted_meanwhile_gives_one_sentence(api, hub_server, monkeypatch):
+    hub_server.faults.append(("POST", "/commit/", lambda: api.delete_repo(REPO)))
     with pytest.raises(UserError, match='There is no "me/digits"'):
-        send(mine, here)
+        send(api)
     hub_server.faults.append(("POST", "/commit/", "lose"))
-    hub_server.faults.append(("GET", "/tree/", lambda: mine.delete_repo(REPO)))
+    hub_server.faults.append(("GET", "/tree/", lambda: api.delete_repo(REPO)))
     with pytest.raises(UserError, match='There is no "me/digits"'):
         push(monkeypatch, "--tag", "v1")
 
 
 @pytest.mark.parametrize(
-    ("token", "repo", "says"),
+    ("token", "repo", "message"),
     [
-        (MINE, "bad name/../x", "is no repository name"),
-        (MINE, "digits", "is no repository name"),
+        (MINE, "bad name/../x", "is not a repository name"),
+        (MINE, "me/bad name", "Repo id must use alphanumeric chars"),
+        (MINE, "digits", "is not a repository name"),
         ("", REPO, "There is no Hub token"),
-        ("hf_wrong000000000000000000000000000000", REPO, "does not accept the token"),
+        ("hf_wrong000000000000000000000000000000", REPO, "answered 401"),
         ("hf_w\trong0000000000000000000000000000", REPO, "characters that no token has"),
         ("hf_wröng0000000000000000000000000000", REPO, "characters that no token has"),
-        (READER, REPO, "may only read"),
-        (MINE, "somebody/digits", '"somebody" is not yours: the token writes to me, lab'),
-        (MINE, "other/model", "may not write"),
+        (READER, REPO, "read-only"),
+        (MINE, "somebody/digits", '"somebody" is not yours: you own me, lab'),
+        (MINE, "other/model", "answered 403"),
     ],
 )
-def test_who_may_not_push_is_told_so_in_one_line_without_the_token(
-    mine, hub_server, monkeypatch, capfd, caplog, token, repo, says
+def test_a_refused_push_gives_one_sentence_without_the_token(
+    api, hub_server, monkeypatch, capfd, caplog, token, repo, message
 ):
     caplog.set_level(logging.DEBUG)
     HfApi(hub_server.url, token=OTHER).create_repo("other/model")
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setenv("HF_TOKEN_PATH", "nowhere")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "nowhere")
-    with pytest.raises(UserError, match=re.escape(says)) as error:
+    with pytest.raises(UserError, match=re.escape(message)) as error:
         push(monkeypatch, repo=repo)
     assert "\n" not in str(error.value)
     assert error.value.__suppress_context__ or error.value.__context__ is None
     printed = capfd.readouterr()
     if token:
         assert token not in str(error.value) + printed.out + printed.err + caplog.text
-    assert not mine.repo_exists(REPO)
+    assert not api.repo_exists(REPO)
 
 
+def test_a_public_repository_is_not_taken_for_a_private_one(api, monkeypatch):
+    api.create_repo(REPO)
+    with pytest.raises(UserError, match="is public already"):
+        push(monkeypatch, "--private")
+
+
+@pytest.mark.slow
 def test_no_token_and_no_pickle_in_any_object_of_the_repository(
-    mine, hub_server, here, monkeypatch, capfd, caplog
+    api, hub_server, monkeypatch, capfd, caplog
 ):
     caplog.set_level(logging.DEBUG)
     hub_server.faults.append(("POST", "/commit/", 500))
@@ -253,146 +314,91 @@ def test_no_token_and_no_pickle_in_any_object_of_the_repository(
     objects = subprocess.check_output(
         ["git", "--git-dir", repository, "cat-file", "--batch-all-objects", "--batch"]
     )
-    for large in hub_server.root.glob("lfs/*/*"):
-        objects += large.read_bytes()
+    assert large_files(hub_server)
+    objects += b"".join(file.read_bytes() for file in large_files(hub_server))
     printed = capfd.readouterr()
-    for place in (objects, (printed.out + printed.err + caplog.text).encode()):
-        assert MINE.encode() not in place
+    for content in (objects, (printed.out + printed.err + caplog.text).encode()):
+        assert MINE.encode() not in content
     assert b"\x80\x04\x95" not in objects
 
 
-def test_results_that_are_missing_or_of_another_model_stop_the_push(mine, here, monkeypatch):
-    config = here / "models/tiny/config.json"
+def test_results_that_are_missing_or_of_another_model_stop_the_push(api, monkeypatch):
+    config = MODEL / "config.json"
     config.write_text(config.read_text() + "\n")
-    with pytest.raises(UserError, match=r"config\.json in models/tiny is not what was evaluated"):
+    with pytest.raises(UserError, match=r"not of the evaluated model; .*: config\.json"):
         push(monkeypatch)
-    shutil.rmtree(here / "results")
-    with pytest.raises(UserError, match="There are no results in results: run `make evaluate"):
-        push(monkeypatch)
-    assert not mine.repo_exists(REPO)
-
-
-def test_results_of_a_first_look_stop_the_push(mine, here, monkeypatch):
-    file = here / "results/evaluation_results.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "bfloat16"}))
-    with pytest.raises(UserError, match="first look, in bfloat16: run `make evaluate"):
-        push(monkeypatch)
-    assert not mine.repo_exists(REPO)
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        ("HEAD", "config.json", 503),
-        ("GET", "resolve/", 503),
-        ("GET", "model.safetensors", "cut"),
-        ("GET", "/tree/", "drop"),
-        ("HEAD", "processor_config.json", "drop"),
-    ],
-    ids=str,
-)
-def test_a_verification_gets_through_a_passing_fault(mine, hub_server, here, fault):
-    commit = send(mine, here)
-    hub_server.faults.append(fault)
-    done = verification.verify(mine, REPO, commit, images=20)
-    assert not hub_server.faults
-    assert (done.commit, done.images) == (commit, 20)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "evaluation_results.json"])
-def test_corrupt_bytes_of_the_right_size_fail_before_the_tag(mine, hub_server, monkeypatch, name):
-    hub_server.faults.append(("GET", f"/{name}", "corrupt"))
-    with pytest.raises(UserError, match=f"the download of {name} is corrupt"):
-        push(monkeypatch, "--tag", "v1")
-    assert not hub_server.faults
-    assert hub.tags(mine, REPO) == {}
-
-
-def altered(mine: HfApi, path: str, content: bytes) -> None:
-    mine.create_commit(REPO, [CommitOperationAdd(path, content)], commit_message="Alter")
-
-
-def test_weights_or_a_processor_changed_after_evaluation_fail(mine, here):
-    send(mine, here)
-    processor = here / "models/tiny/preprocessor_config.json"
-    altered(mine, processor.name, processor.read_bytes().replace(b"0.5", b"0.4"))
-    with pytest.raises(UserError, match=r"preprocessor_config\.json is not what was evaluated"):
-        verification.verify(mine, REPO)
-    send(mine, here)
-    weights = bytearray((here / "models/tiny/model.safetensors").read_bytes())
+    weights = bytearray((MODEL / "model.safetensors").read_bytes())
     weights[-1] ^= 1
-    altered(mine, "model.safetensors", bytes(weights))
-    with pytest.raises(UserError, match=r"model\.safetensors is not what was evaluated"):
-        verification.verify(mine, REPO)
+    (MODEL / "model.safetensors").write_bytes(weights)
+    no_results = "There are no results of models/tiny as it is now: run `make evaluate"
+    with pytest.raises(UserError, match=no_results):
+        push(monkeypatch)
+    shutil.rmtree(RESULTS)
+    with pytest.raises(UserError, match=no_results):
+        push(monkeypatch)
+    config.unlink()
+    with pytest.raises(UserError, match=r"is incomplete: it has no config\.json"):
+        push(monkeypatch)
+    assert not api.repo_exists(REPO)
 
 
-def test_a_wrong_number_in_the_card_fails_before_the_tag(mine, here, monkeypatch):
-    def render(results, *others):
-        return original(results | {"accuracy": results["accuracy"] + 0.01}, *others)
-
-    original = card.render
-    monkeypatch.setattr(card, "render", render)
-    with pytest.raises(UserError, match="the card gives Accuracy"):
-        push(monkeypatch, "--tag", "v1")
-    assert hub.tags(mine, REPO) == {}
+def test_results_in_bfloat16_stop_the_push(api, monkeypatch):
+    file = RESULTS / "evaluation_results.json"
+    runs.write_json(file, runs.read_json(file) | {"dtype": "bfloat16"})
+    with pytest.raises(UserError, match="estimate in bfloat16: run `make evaluate"):
+        push(monkeypatch)
+    assert not api.repo_exists(REPO)
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["everything forged", "accuracy forged"])
-def test_a_claim_that_the_download_does_not_keep_fails(mine, here, whole):
-    """Results that agree with themselves and with their card, and are not true."""
-    file = here / "results/evaluation_results.json"
-    results = json.loads(file.read_text())
-    results["accuracy"] = 1.0
-    if whole:
-        split = verification.load_splits(DataArguments(dataset="digits"), 32, 2, only="test")[
-            "test"
-        ]
-        results["predictions"] = list(split["label"])
-        results["confusion_matrix"] = [
-            [n if i == j else 0 for j in range(10)] for i, n in enumerate(results["support"])
-        ]
-    file.write_text(json.dumps(results))
-    send(mine, here)
-    says = r"the download gets \d+ right, at evaluation it was 20" if whole else "not that of"
-    with pytest.raises(UserError, match=says):
-        verification.verify(mine, REPO, images=20)
+def test_faithfulness_of_another_model_stops_the_push(api, monkeypatch, capsys):
+    hashes = runs.read_json(RESULTS / "evaluation_results.json")["model"]["sha256"]
+    record("attention_faithfulness.json")
+    file = RESULTS / "attention_faithfulness.json"
+    runs.write_json(file, {"sha256": hashes, "images": 5, "methods": {}})
+    push(monkeypatch, "--dry_run")
+    assert "attention_faithfulness.json" in capsys.readouterr().out
+    runs.write_json(file, {"sha256": hashes | {"config.json": "0" * 64}, "images": 5})
+    with pytest.raises(UserError, match=r"not of the evaluated .*: attention_faithfulness\.json"):
+        push(monkeypatch)
 
 
-def test_a_published_recipe_trains_again(mine, here):
-    commit = send(mine, here)
+def test_a_published_recipe_trains_again(api):
+    commit = send(api)
     published = load_recipe(f"hub:{REPO}@{commit}")
     assert published.run == "digits"
-    assert published.settings == load_recipe("models/tiny/recipe.yaml").settings
+    assert published.settings == load_recipe(str(MODEL / "recipe.yaml")).settings
     assert load_recipe(f"hub:{REPO}", ["--seed=1"]).training.seed == 1
-    mine.create_repo("me/empty")
+    api.create_repo("me/empty")
     with pytest.raises(UserError, match=r'"me/empty" has no recipe\.yaml'):
         load_recipe("hub:me/empty")
     with pytest.raises(UserError, match='no model "me/nothing"'):
         load_recipe("hub:me/nothing")
 
 
-def test_maps_are_published_if_they_are_this_models(mine, here, monkeypatch, capsys):
-    results = json.loads((here / "results/evaluation_results.json").read_text())
-    maps = {"sha256": results["model"]["sha256"], "images": 5, "methods": FAITHFULNESS}
-    (here / "results/visualizations").mkdir()
-    (here / "results/visualizations/overview.png").write_bytes(b"png")
-    (here / "results/attention_faithfulness.json").write_text(json.dumps(maps))
-    push(monkeypatch, "--dry_run")
-    assert re.search(r"add .* visualizations/overview\.png", capsys.readouterr().out)
-    maps["sha256"] = maps["sha256"] | {"model.safetensors": "0" * 64}
-    (here / "results/attention_faithfulness.json").write_text(json.dumps(maps))
-    push(monkeypatch, "--dry_run")
-    printed = capsys.readouterr().out
-    assert "maps in results are another model's: left out" in printed
-    assert "overview.png" not in printed
-
-
-def test_the_snippet_of_the_card_runs(mine, here, monkeypatch):
-    send(mine, here)
-    monkeypatch.chdir(here)
+def test_the_snippet_of_the_card_runs(api, measured):
+    send(api)
     draw_image(0).save("image.png")
-    snippet = re.search("```python\n(.*?)```", (here / "staged/README.md").read_text(), re.DOTALL)
+    text = (measured / "staged/README.md").read_text()
+    snippet = re.search("```python\n(.*?)```", text, re.DOTALL)
     answers = []
     exec(snippet[1], {"print": answers.append})
     assert len(answers[0]) == 5
     assert {"label", "score"} == set(answers[0][0])
+
+
+def test_the_plan_lists_every_file_with_its_size(api):
+    send(api)
+    repository = Repository(api, REPO)
+    staged = {"README.md": MODEL / "config.json", "new.json": MODEL / "config.json"}
+    staged |= {"model.safetensors": MODEL / "model.safetensors"}
+    plan = repository.plan(staged, repository.refs()["refs/heads/main"])
+    assert (plan.added, plan.changed) == (["new.json"], ["README.md"])
+    assert "config.json" in plan.removed
+    assert ".gitattributes" not in plan.removed
+    lines = [line.split() for line in plan.describe(staged).splitlines()]
+    size = f"{(MODEL / 'config.json').stat().st_size:,}"
+    assert ["add", size, "new.json"] in lines
+    assert ["change", size, "README.md"] in lines
+    assert ["remove", "config.json"] in lines
+    assert lines[-1][0] == "total"
+    assert json.dumps(lines).count("same") == 1

@@ -2,87 +2,95 @@
 
 import json
 import re
-import sys
+
+import pytest
+from huggingface_hub import HfApi, RepoCard, SpaceRuntime
 
 import deploy_space
-import local_hub
-import pytest
-from conftest import MINE, OTHER, READER, RESULTS
-from huggingface_hub import CommitOperationAdd, HfApi, RepoCard
-
-from pipeline import hub, space
+from hub_fixtures import MINE, OTHER, READER
+from local_hub import Repository
+from pipeline import runs
 from pipeline.errors import UserError
+from pipeline.publish import space
+from pipeline.publish.staging import EVALUATION
+from publishing import MODEL, history, replace_file, run_script
 
-REPO, MODEL = "me/look", "me/digits"
+SPACE, SHOWN = "me/look", "me/digits"
 
 
 @pytest.fixture
-def mine(hub_server, measured_once, monkeypatch) -> HfApi:
-    """The Hub as its user sees it, with a measured model on it."""
-    monkeypatch.setenv("HF_TOKEN", MINE)
-    monkeypatch.setattr(hub, "BACKOFF", (0.01, 0.01))
+def shown(api, hub_server, monkeypatch) -> Repository:
+    """The repository of a model on the Hub, which the Space shows."""
     monkeypatch.setattr(space, "POLL", 0.01)
-    repo = local_hub.Repo(hub_server.root, "models", MODEL)
-    repo.create({"private": False, "sdk": None, "variables": {}})
-    repo.add_folder(measured_once / "models/tiny")
-    return HfApi(hub_server.url, token=MINE)
+    repository = Repository(hub_server.root, "models", SHOWN)
+    repository.create(private=False)
+    repository.add_folder(MODEL)
+    return repository
 
 
-def deploy(monkeypatch, *arguments: str, repo: str = REPO, model: str = MODEL) -> None:
-    command = ["deploy_space.py", repo, "--model_repo", model, *arguments]
-    monkeypatch.setattr(sys, "argv", command)
-    deploy_space.main()
-
-
-def history(api: HfApi) -> list[str]:
-    return [c.title for c in api.list_repo_commits(REPO, repo_type="space")]
+def deploy(monkeypatch, *args: str, repo: str = SPACE, model: str = SHOWN) -> None:
+    run_script(monkeypatch, deploy_space.main, repo, "--model", model, *args)
 
 
 def variables(api: HfApi) -> dict[str, str]:
-    return {k: v.value for k, v in api.get_space_variables(REPO).items()}
+    return {key: variable.value for key, variable in api.get_space_variables(SPACE).items()}
 
 
 def front_matter(api: HfApi) -> dict:
-    file = api.hf_hub_download(REPO, "README.md", repo_type="space")
+    file = api.hf_hub_download(SPACE, "README.md", repo_type="space")
     return RepoCard.load(file).data.to_dict()
 
 
-def test_a_space_is_one_commit_that_shows_one_commit_of_a_model(mine, here, monkeypatch, capsys):
-    commit = mine.model_info(MODEL).sha
+def set_runtimes(monkeypatch, *runtimes: dict) -> list[dict]:
+    """Let the Hub, which runs no Spaces here, tell of one: each question gets the next answer."""
+    answers = list(runtimes)
+
+    def get_space_runtime(api, repo_id, **kwargs):
+        return SpaceRuntime({"hardware": {}} | answers.pop(0))
+
+    monkeypatch.setattr(HfApi, "get_space_runtime", get_space_runtime)
+    return answers
+
+
+def test_a_space_is_one_commit_that_shows_one_commit_of_a_model(api, shown, monkeypatch, capsys):
+    commit = api.model_info(SHOWN).sha
     deploy(monkeypatch)
-    assert history(mine) == [f"Show {MODEL} @ {commit[:12]}", "initial commit"]
-    names = set(mine.list_repo_files(REPO, repo_type="space"))
-    assert names >= {"README.md", "app.py", "attention.py", "inference.py", "requirements.txt"}
-    assert names - {".gitattributes", "README.md"} == set(space.files())
-    assert variables(mine) == {"MODEL_ID": MODEL, "MODEL_REVISION": commit}
-    info = mine.space_info(REPO)
+    title = f"Show {SHOWN} @ {commit[:12]}"
+    assert history(api, SPACE, "space") == [title, "initial commit"]
+    names = set(api.list_repo_files(SPACE, repo_type="space"))
+    assert names >= {"README.md", "attention.py", "requirements.txt"}
+    assert names >= {path.name for path in space.SOURCE.glob("*.py")}
+    assert names - {".gitattributes"} == set(space.published_files(api.model_info(SHOWN)))
+    assert not [name for name in names if "__pycache__" in name]
+    assert variables(api) == {"MODEL_ID": SHOWN, "MODEL_REVISION": commit}
+    info = api.space_info(SPACE)
     assert info.sdk == "gradio"
-    front = front_matter(mine)
-    assert front["models"] == [MODEL]
-    assert front["preload_from_hub"] == [f"{MODEL} {','.join(hub.MODEL_FILES)} {commit}"]
+    front = front_matter(api)
+    assert front["models"] == [SHOWN]
+    assert front["preload_from_hub"] == [f"{SHOWN} {','.join(runs.MODEL_FILES)} {commit}"]
     assert re.fullmatch(r"\d+\.\d+\.\d+", front["sdk_version"])
-    assert f"{REPO} is stopped: this Hub does not run it" in capsys.readouterr().out
-    # Again: nothing to do, and it says so.
+    assert f"spaces/{SPACE} is stopped" in capsys.readouterr().out
+
     deploy(monkeypatch)
-    assert "Nothing has changed" in capsys.readouterr().out
-    assert mine.space_info(REPO).sha == info.sha
-    # The model has results now: the Space shows that commit, and loads them too.
-    add = CommitOperationAdd(RESULTS, json.dumps({}).encode())
-    later = mine.create_commit(MODEL, [add], commit_message="Measure").oid
+    assert "No file has changed" in capsys.readouterr().out
+    assert api.space_info(SPACE).sha == info.sha
+
+    later = replace_file(api, EVALUATION, json.dumps({}).encode(), repo=SHOWN)
     deploy(monkeypatch)
-    assert variables(mine)["MODEL_REVISION"] == later
-    assert f"{RESULTS} {later}" in front_matter(mine)["preload_from_hub"][0]
-    assert len(history(mine)) == 3
-    deploy(monkeypatch, model=f"{MODEL}@{commit}")  # and back, by the revision
-    assert variables(mine)["MODEL_REVISION"] == commit
+    assert variables(api)["MODEL_REVISION"] == later
+    assert f"{EVALUATION} {later}" in front_matter(api)["preload_from_hub"][0]
+    assert len(history(api, SPACE, "space")) == 3
+
+    deploy(monkeypatch, model=f"{SHOWN}@{commit}")
+    assert variables(api)["MODEL_REVISION"] == commit
 
 
-def test_a_dry_run_of_a_space_sends_nothing(mine, here, monkeypatch, capsys):
+def test_a_dry_run_of_a_space_sends_nothing(api, shown, monkeypatch, capsys):
     deploy(monkeypatch, "--dry_run")
     printed = capsys.readouterr().out
     assert re.search(r"add +[\d,]+  attention\.py", printed)
     assert "Nothing was sent" in printed
-    assert not mine.repo_exists(REPO, repo_type="space")
+    assert not api.repo_exists(SPACE, repo_type="space")
 
 
 @pytest.mark.parametrize(
@@ -92,86 +100,94 @@ def test_a_dry_run_of_a_space_sends_nothing(mine, here, monkeypatch, capsys):
         ("POST", "repos/create", "lose"),
         ("POST", "/variables", 503),
         ("GET", "/variables", "drop"),
-        ("POST", "preupload", 429),
         ("POST", "/commit/", 500),
         ("POST", "/commit/", "lose"),
         ("GET", "/runtime", "drop"),
     ],
     ids=str,
 )
-def test_a_passing_fault_leaves_exactly_one_commit_of_the_space(
-    mine, hub_server, here, monkeypatch, fault
+def test_a_transient_fault_leaves_exactly_one_commit_of_the_space(
+    api, shown, hub_server, monkeypatch, fault
 ):
     hub_server.faults.append(fault)
     deploy(monkeypatch)
     assert not hub_server.faults
-    assert len(history(mine)) == 2
-    assert variables(mine)["MODEL_ID"] == MODEL
+    assert len(history(api, SPACE, "space")) == 2
+    assert variables(api)["MODEL_ID"] == SHOWN
 
 
-def test_somebody_elses_commit_to_the_space_is_not_overwritten(mine, hub_server, here, monkeypatch):
+def test_a_commit_of_somebody_else_to_the_space_is_not_overwritten(
+    api, shown, hub_server, monkeypatch
+):
     def race():
-        add = CommitOperationAdd("notes.txt", b"mine")
-        mine.create_commit(REPO, [add], commit_message="Other", repo_type="space")
+        replace_file(api, "notes.txt", b"mine", "space", SPACE)
 
     hub_server.faults.append(("POST", "/commit/", race))
     with pytest.raises(UserError, match="Somebody else has committed"):
         deploy(monkeypatch)
-    assert history(mine) == ["Other", "initial commit"]
+    assert history(api, SPACE, "space") == ["Other", "initial commit"]
 
 
 @pytest.mark.parametrize(
-    ("token", "repo", "model", "says"),
+    ("token", "repo", "model", "message"),
     [
-        ("", REPO, MODEL, "There is no Hub token"),
-        (READER, REPO, MODEL, "may only read"),
-        (OTHER, REPO, MODEL, '"me" is not yours'),
-        (MINE, "look", MODEL, "is no repository name"),
-        (MINE, REPO, "me/nothing", 'There is no "me/nothing"'),
-        (MINE, REPO, f"{MODEL}@gone", "no such revision"),
-        (MINE, REPO, "", "Say which model the Space shows"),
-        (MINE, REPO, "me/empty", "is no whole model: it has no model.safetensors"),
+        ("", SPACE, SHOWN, "There is no Hub token"),
+        (READER, SPACE, SHOWN, "read-only"),
+        (OTHER, SPACE, SHOWN, '"me" is not yours'),
+        (MINE, "look", SHOWN, "is not a repository name"),
+        (MINE, SPACE, "me/nothing", 'There is no "me/nothing"'),
+        (MINE, SPACE, f"{SHOWN}@gone", "answered 404"),
+        (MINE, SPACE, "me/empty", "is incomplete: it has no config.json, model.safetensors"),
     ],
 )
-def test_what_stands_in_the_way_is_said_in_one_line(
-    mine, here, monkeypatch, capfd, token, repo, model, says
+def test_a_refused_deployment_gives_one_sentence(
+    api, shown, monkeypatch, capfd, token, repo, model, message
 ):
-    mine.create_repo("me/empty")
+    api.create_repo("me/empty")
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "nowhere")
-    with pytest.raises(UserError, match=re.escape(says)) as error:
+    with pytest.raises(UserError, match=re.escape(message)) as error:
         deploy(monkeypatch, repo=repo, model=model)
     printed = capfd.readouterr()
     assert not token or token not in str(error.value) + printed.out + printed.err
-    assert not mine.repo_exists(REPO, repo_type="space")
+    assert not api.repo_exists(SPACE, repo_type="space")
 
 
-def test_a_private_model_is_not_preloaded_and_the_secret_is_asked_for(
-    mine, hub_server, here, monkeypatch, capsys
-):
-    repo = local_hub.Repo(hub_server.root, "models", MODEL)
-    repo.save_facts(repo.facts | {"private": True})
+def test_a_private_model_is_not_preloaded_and_needs_a_secret(api, shown, monkeypatch, capsys):
+    api.delete_repo(SHOWN)
+    shown.create(private=True)
+    shown.add_folder(MODEL)
     deploy(monkeypatch)
-    assert "preload_from_hub" not in front_matter(mine)
+    assert "preload_from_hub" not in front_matter(api)
     assert "give the Space a secret HF_TOKEN" in capsys.readouterr().out
 
 
-def test_where_the_hub_builds_it_is_waited_for(mine, here, monkeypatch, capsys):
-    stages = ["BUILDING", "APP_STARTING", "RUNNING"]
-    monkeypatch.setattr(local_hub, "_runtime", lambda files: {"stage": stages.pop(0)})
+def test_the_build_is_waited_for(api, shown, monkeypatch, capsys):
+    earlier = {"stage": "RUNNING", "sha": "0" * 40}
+    stages = [{"stage": stage} for stage in ("BUILDING", "APP_STARTING", "RUNNING")]
+    left = set_runtimes(monkeypatch, earlier, *stages)
     deploy(monkeypatch)
-    assert re.search(r"Running: +http://\S+/spaces/me/look\n", capsys.readouterr().out)
-    assert stages == []
+    assert re.search(r"http://\S+/spaces/me/look is running\.\n", capsys.readouterr().out)
+    assert left == []
 
 
-def test_the_end_of_the_log_is_told_where_the_build_fails(mine, here, monkeypatch):
-    def logs(request, repo):
-        lines = [f'data: {{"data": "step {i}\\n", "timestamp": ""}}\n\n' for i in range(40)]
-        return 200, {"Content-Type": "text/event-stream"}, "".join(lines).encode()
+def test_a_build_without_end_is_given_up(api, shown, monkeypatch):
+    monkeypatch.setattr(space, "TIMEOUT", 0.05)
+    set_runtimes(monkeypatch, *[{"stage": "BUILDING"}] * 99)
+    with pytest.raises(UserError, match="still in stage 'BUILDING'"):
+        deploy(monkeypatch)
+    set_runtimes(monkeypatch, *[{"stage": "RUNNING", "sha": "0" * 40}] * 99)
+    with pytest.raises(UserError, match="does not run"):
+        deploy(monkeypatch)
 
-    pattern = re.compile(f"/api/{local_hub.REPO}/logs/build")
-    monkeypatch.setattr(local_hub, "ROUTES", [*local_hub.ROUTES, ("GET", pattern, False, logs)])
-    monkeypatch.setattr(local_hub, "_runtime", lambda files: {"stage": "BUILD_ERROR"})
-    with pytest.raises(UserError, match="ended in the stage BUILD_ERROR.\nstep 10\n") as error:
+
+def test_a_failed_build_shows_the_end_of_its_log(api, shown, monkeypatch):
+    def fetch_space_logs(api, repo_id, build):
+        assert build
+        return (f"step {i}\n" for i in range(40))
+
+    monkeypatch.setattr(HfApi, "fetch_space_logs", fetch_space_logs)
+    set_runtimes(monkeypatch, {"stage": "BUILD_ERROR"})
+    with pytest.raises(UserError, match="is in the stage BUILD_ERROR.\nstep 10\n") as error:
         deploy(monkeypatch)
     assert str(error.value).endswith("step 39")

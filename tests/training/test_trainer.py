@@ -9,16 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_vit
-from conftest import ROOT
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from pipeline import training
+import train_vit
+from launching import two_processes
+from pipeline.data.loading import load_splits
 from pipeline.errors import UserError
-from pipeline.metrics import wilson_interval
+from pipeline.evaluation.metrics import wilson_interval
 from pipeline.recipe import load_recipe
-from pipeline.training import ImageTrainer, last_checkpoint, train
+from pipeline.training.checkpoints import last_checkpoint
+from pipeline.training.model import build_model, build_processor
+from pipeline.training.trainer import ImageTrainer, train
+from samples import ROOT
 
 SCRIPT = ROOT / "scripts/train_vit.py"
 
@@ -57,13 +60,14 @@ def test_a_run_without_validation_ends_too(tiny_recipe, capsys):
     options = ["--max_steps=2", "--eval_strategy=no", "--save_strategy=no"]
     recipe = load_recipe(tiny_recipe, [*options, "--load_best_model_at_end=false"], "run")
     train_vit.report(train(recipe))
-    assert "Not validated" in capsys.readouterr().out
+    assert "No validation" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tiny_recipe, here):
     # 22 steps an epoch, a checkpoint every 5: killed and resumed in mid-epoch.
     steps = ["--eval_strategy=steps", "--eval_steps=5", "--save_strategy=steps", "--save_steps=5"]
-    settings = [*steps, "--num_train_epochs=2", "--logging_steps=5", "--drop_path=0.1"]
+    settings = [*steps, "--num_train_epochs=2", "--logging_steps=5"]
     train(load_recipe(tiny_recipe, settings, "whole"))
 
     process = subprocess.Popen(
@@ -98,9 +102,9 @@ def trainer_with_a_worse_end(request, backbones, here):
     )
     every = ["--eval_strategy=steps", "--eval_steps=3", "--save_strategy=steps", "--save_steps=3"]
     recipe = load_recipe("short.yaml", [*every, "--disable_tqdm"])
-    processor = training.build_processor(recipe.model)
-    splits = training.load_splits(recipe.data, 32, processor.resample)
-    model = training.build(recipe.model, splits["train"].features["label"].names)
+    processor = build_processor(recipe.model)
+    splits = load_splits(recipe.data, 32, processor.resample, "train", "validation")
+    model = build_model(recipe.model, splits["train"].features["label"].names)
     trainer = ImageTrainer(recipe, model, processor, splits["train"], splits["validation"])
     trainer.train()
     with torch.no_grad():
@@ -124,7 +128,7 @@ def test_the_stock_trainer_brings_only_some_back(trainer_with_a_worse_end):
     assert len(spoilt) > 10
 
 
-def test_a_half_written_checkpoint_is_skipped_with_a_word(tiny_recipe, here, capsys):
+def test_a_half_written_checkpoint_is_skipped_with_a_warning(tiny_recipe, here, capsys):
     train(load_recipe(tiny_recipe, ["--num_train_epochs=2"], "run"))
     folder = here / "models/checkpoints/run"
     whole, torn = folder / "checkpoint-22", folder / "checkpoint-44"
@@ -163,12 +167,11 @@ def test_another_recipe_in_the_same_place_is_refused(tiny_recipe):
 
 def test_all_options_together_train(tiny_recipe):
     options = [
-        "--flip",
+        "--horizontal_flip",
         "--mixup=0.2",
         "--cutmix=1.0",
         "--label_smoothing_factor=0.1",
         "--layer_decay=0.8",
-        "--drop_path=0.1",
         "--attention=eager",
         "--gradient_accumulation_steps=2",
     ]
@@ -196,7 +199,7 @@ def test_validation_loss_is_not_smoothed(tiny_recipe):
 
 
 def test_accumulated_batches_train_like_one_large_batch(tiny_recipe, here):
-    same = ["--crop_padding=0", "--max_steps=5"]
+    same = ["--random_crop_padding=0", "--max_steps=5"]
     train(load_recipe(tiny_recipe, same, "one"))
     train(
         load_recipe(
@@ -210,20 +213,14 @@ def test_accumulated_batches_train_like_one_large_batch(tiny_recipe, here):
         torch.testing.assert_close(four[name], one[name], atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("option", ["--weight_average=0", "--weight_average=0.2"])
-def test_two_processes_give_the_validation_loss_of_one(tiny_recipe, here, option):
+@pytest.mark.slow
+def test_two_processes_give_the_validation_loss_of_one(tiny_recipe, here):
     # Only whole batches: of a last smaller one, two processes score some images twice.
-    same = ["--crop_padding=0", "--max_steps=20", "--eval_strategy=steps", "--eval_steps=5"]
-    same += ["--save_strategy=steps", "--save_steps=5", option]
+    same = ["--random_crop_padding=0", "--max_steps=20", "--eval_strategy=steps", "--eval_steps=5"]
+    same += ["--save_strategy=steps", "--save_steps=5"]
     one = train(load_recipe(tiny_recipe, same, "one"))
     script = [SCRIPT, "--recipe", tiny_recipe, "--run=two", "--per_device_train_batch_size=32"]
-    result = subprocess.run(
-        [sys.executable, ROOT / "scripts/launch.py", "--nproc=2", *script, *same],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    result = two_processes("ddp", [*script, *same])
     assert result.returncode == 0, result.stderr[-2000:]
     two = json.loads((here / "models/two/training.json").read_text())
     assert two["processes"] == 2
@@ -240,14 +237,15 @@ def test_two_processes_give_the_validation_loss_of_one(tiny_recipe, here, option
     assert low <= two["validation_accuracy"] <= high
 
 
+@pytest.mark.slow
 def test_the_trained_model_agrees_with_pipeline_on_real_images(shared, here):
     """1,000 real test images: training-side predictions against plain `pipeline()`."""
     import datasets
     from transformers import pipeline
 
-    from pipeline.data import load_splits
-    from pipeline.evaluation import predict
-    from pipeline.model import load
+    from pipeline.data.loading import load_split
+    from pipeline.evaluation.evaluate import predict
+    from pipeline.training.model import load_model
 
     recipe = load_recipe(
         "cpu",
@@ -263,8 +261,8 @@ def test_the_trained_model_agrees_with_pipeline_on_real_images(shared, here):
         "run",
     )
     train(recipe)
-    model, processor = load("models/run")
-    test = load_splits(recipe.data, 42, processor.resample, only="test")["test"]
+    model, processor = load_model("models/run")
+    test = load_split(recipe.data, "test", 42, processor.resample)
     logits, labels = predict(model, processor, test.select(range(1000)))
     raw = datasets.load_dataset(str(shared / "data/cifar10"), split="test[:1000]")
     assert labels.tolist() == raw["label"][:]

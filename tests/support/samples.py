@@ -1,0 +1,20 @@
+"""Small real things to test with."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+SMALL_VIT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 8,
+}
+
+
+def draw_image(seed: int, size: tuple[int, int] = (12, 10)) -> Image.Image:
+    """Return an RGB image of random pixels; `size` is width and height."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
