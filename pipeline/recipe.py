@@ -73,7 +73,14 @@ class DataArguments:
     test_split: str = HfArg(
         default="test", help="the split to evaluate; split off train if there is none"
     )
+    validation_split: str | None = HfArg(
+        default=None, help="the split that picks the checkpoint (default: validation, or none)"
+    )
     validation_size: float = HfArg(default=0.05, help="share of train that picks the checkpoint")
+    max_train_samples: int | None = HfArg(
+        default=None, help="train on this many images only, as many of each class as there are"
+    )
+    skip_corrupt: bool = HfArg(default=False, help="leave images that can't be read out")
     streaming: bool = HfArg(default=False, help="read images while training, and store none")
     num_proc: int | None = HfArg(
         default=None, help="processes that decode images (threads if streaming)"
@@ -92,6 +99,9 @@ class ModelArguments:
         default=None, help="build this configuration, untrained, in place of a model"
     )
     image_size: int = HfArg(default=224, help="side of the model's input, in pixels")
+    resize: str = HfArg(
+        default="squash", help="squash the whole image to a square, or crop its center"
+    )
     attention: str = HfArg(
         default="auto", help="implementation in training: sdpa, eager, or auto, the faster one here"
     )
