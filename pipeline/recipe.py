@@ -4,7 +4,6 @@ Its keys are the fields of the dataclasses here and of transformers' `TrainingAr
 sets the defaults of one `HfArgumentParser`, so that a value means the same in both places.
 """
 
-import difflib
 import json
 import re
 from dataclasses import asdict, dataclass, fields, replace
@@ -16,7 +15,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from pipeline.errors import UserError
-from pipeline.runs import MODELS, model_file
+from pipeline.recipe_checks import LOWER_IS_BETTER, check_keys, check_values
+from pipeline.runs import MODELS, check_run_name, model_file
 
 RECIPES = Path(__file__).parent / "recipes"
 # Under every recipe: validate and save once an epoch, and keep the best.
@@ -47,14 +47,11 @@ NON_SEMANTIC_KEYS = {
     "torch_compile",
     "per_device_eval_batch_size",
     "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+    "early_stopping_patience",
 }
-RENAMED_KEYS = {
-    "flip": "horizontal_flip",
-    "crop_padding": "random_crop_padding",
-    "drop_path": "drop_path_rate",
-}
-# Set by the pipeline itself, with the reason where they are set.
-FIXED_KEYS = {"output_dir", "remove_unused_columns", "logging_nan_inf_filter"}
 
 
 @dataclass
@@ -130,7 +127,23 @@ class AugmentationArguments:
     cutmix: float = HfArg(default=0.0, help="Beta parameter of CutMix; 0 is off")
 
 
-RECIPE_GROUPS = (DataArguments, ModelArguments, AugmentationArguments)
+@dataclass
+class ObjectiveArguments:
+    """What is optimized, and when training ends early."""
+
+    class_weights: dict | str | None = HfArg(
+        default=None, help="weights of the loss: balanced, or a weight by class name"
+    )
+    early_stopping_patience: int | None = HfArg(
+        default=None, help="validations without improvement after which training ends"
+    )
+
+    def __post_init__(self):
+        if isinstance(self.class_weights, str) and self.class_weights.startswith("{"):
+            self.class_weights = json.loads(self.class_weights)
+
+
+RECIPE_GROUPS = (DataArguments, ModelArguments, AugmentationArguments, ObjectiveArguments)
 RECIPE_DEFAULTS = {key.name: key.default for group in RECIPE_GROUPS for key in fields(group)}
 
 
@@ -146,6 +159,7 @@ class Recipe:
     data: DataArguments
     model: ModelArguments
     augmentation: AugmentationArguments
+    objective: ObjectiveArguments
     training: TrainingArguments
     settings: dict
 
@@ -184,7 +198,8 @@ def load_recipe(name: str, overrides: list[str] = (), run: str | None = None) ->
     settings = _read_yaml(path)
     overrides = _expand_flags(overrides)
     given = [arg[2:].partition("=")[0].replace("-", "_") for arg in overrides if arg[:2] == "--"]
-    _check_keys([*settings, *given])
+    check_keys(list(settings), set(RECIPE_DEFAULTS), from_hub=name.startswith("hub:"))
+    check_keys(given, set(RECIPE_DEFAULTS))
 
     parser = _Parser((*RECIPE_GROUPS, TrainingArguments), allow_abbrev=False)
     streaming = settings.get("streaming") or "--streaming" in " ".join(overrides)
@@ -201,7 +216,9 @@ def load_recipe(name: str, overrides: list[str] = (), run: str | None = None) ->
         as_is = value is None or isinstance(value, (dict, list))
         parser.set_defaults(**{key: value if as_is else str(value)})
 
-    run = run or re.sub("@.*", "", name.split("/")[-1]).removesuffix(path.suffix)
+    if run is None:
+        run = re.sub("@.*", "", name.split("/")[-1]).removesuffix(path.suffix)
+    check_run_name(run)
     args = [*overrides, f"--output_dir={MODELS / 'checkpoints' / run}"]
     try:
         *groups, training, unknown = parser.parse_args_into_dataclasses(
@@ -216,8 +233,11 @@ def load_recipe(name: str, overrides: list[str] = (), run: str | None = None) ->
         value = getattr(training, key, None)
         resolved.setdefault(key, getattr(value, "value", value))  # an enum as its value
     resolved = {key: value for key, value in resolved.items() if key not in NON_SEMANTIC_KEYS}
+    if "greater_is_better" not in (*settings, *given):
+        metric = (training.metric_for_best_model or "").removeprefix("eval_")
+        training.greater_is_better = metric not in LOWER_IS_BETTER
     recipe = Recipe(run, *groups, training, resolved)
-    _check_values(recipe)
+    check_values(recipe)
     return recipe
 
 
@@ -278,32 +298,3 @@ def _read_yaml(path: Path) -> dict:
     if not isinstance(settings, dict):
         raise UserError(f"{path} is not a recipe: it should hold lines of the form key: value.")
     return settings
-
-
-def _check_keys(keys: list[str]) -> None:
-    known = RECIPE_DEFAULTS.keys() | {key.name for key in fields(TrainingArguments)} - FIXED_KEYS
-    for key in keys:
-        if key in RENAMED_KEYS:
-            raise UserError(f'The recipe key "{key}" is now "{RENAMED_KEYS[key]}".')
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f'; did you mean "{near[0]}"?' if near else "."
-            raise UserError(f'Recipe has no key "{key}"{hint}')
-
-
-def _check_values(recipe: Recipe) -> None:
-    if not 0 < recipe.data.validation_size < 1:
-        raise UserError(
-            f"validation_size is {recipe.data.validation_size}; it is a share of the training "
-            "split, between 0 and 1."
-        )
-    if recipe.model.attention not in ("auto", "sdpa", "eager"):
-        raise UserError(f'attention is "{recipe.model.attention}"; choose auto, sdpa or eager.')
-    if recipe.data.streaming and recipe.training.max_steps <= 0:
-        raise UserError(
-            "A streamed dataset has no end: say how long to train, as ARGS=--max_steps=10000."
-        )
-    if recipe.data.streaming and recipe.training.ignore_data_skip:
-        raise UserError("A resumed stream reads nothing twice: leave out ignore_data_skip.")
-    if recipe.augmentation.random_crop_padding >= 1:
-        raise UserError("random_crop_padding is a share of the image's side: give less than 1.")

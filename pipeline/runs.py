@@ -7,6 +7,7 @@ everything measured or drawn of that model in `results/cpu`.
 import hashlib
 import json
 import platform
+import re
 import shutil
 import subprocess
 from importlib.metadata import version
@@ -40,6 +41,14 @@ def last_run() -> str:
     if not runs:
         raise UserError("There is no trained model in models/: train one, or name one with MODEL=.")
     return str(runs[-1].parent)
+
+
+def check_run_name(run: str) -> None:
+    """Raise UserError unless a run's name is one plain folder name."""
+    if not re.fullmatch(r"\w[\w.-]*", run) or run == "checkpoints" or run.endswith(".part"):
+        raise UserError(
+            f'"{run}" can\'t name a run: use letters, digits, ".", "-" and "_", as --run=second.'
+        )
 
 
 def results_folder(model: str) -> Path:
@@ -232,6 +241,16 @@ def has_fast_bfloat16() -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
+
+
+def check_folders(run: str) -> None:
+    """Raise UserError if a folder of the run's name holds something else than a run."""
+    for folder in (MODELS / run, MODELS / "checkpoints" / run):
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / "recipe.yaml").is_file():
+            raise UserError(
+                f"{folder} is not a run of this pipeline (it has no recipe.yaml): name this run "
+                "with ARGS=--run=NAME, or move that folder away."
+            )
 
 
 def remove_run(run: str) -> None:

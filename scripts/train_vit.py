@@ -4,6 +4,8 @@ import argparse
 
 from pipeline.errors import run_main
 
+PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -20,7 +22,7 @@ def main() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from pipeline.recipe import load_recipe
-    from pipeline.training.trainer import train
+    from pipeline.training.train import train
 
     disable_progress_bar()  # of reading and writing weights; that of training stays
     recipe = load_recipe(args.recipe, overrides, args.run)
@@ -41,7 +43,7 @@ def report(summary: dict) -> None:
     print(
         f"\nTrained {summary['epochs']:.3g} epochs over {summary['training_images']:,} images "
         f"in {summary['wall_s'] / 60:.1f} minutes on {summary['hardware']}, "
-        f"{'bfloat16' if summary['precision'] == 'bf16' else 'float32'}.\n"
+        f"{PRECISIONS[summary['precision']]}.\n"
         f"{validation}\n"
         f"Model:       {summary['model_folder']}\n"
         f"Next:        make evaluate MODEL={summary['model_folder']}"

@@ -192,6 +192,7 @@ def as_text(results: dict) -> str:
     width = max(len(label) for label in results["labels"])
     lines = [
         f"Accuracy       {results['accuracy']:.2%}  (95 % interval {low:.2%} to {high:.2%})",
+        f"Balanced       {results['balanced_accuracy']:.2%}, the mean over classes",
         f"Macro-F1       {results['macro_f1']:.4f}",
         f"NLL            {results['nll']:.4f}",
         f"ECE            {results['ece']:.4f}",

@@ -18,8 +18,8 @@ ECE_BINS = 15
 class ImageClassification(evaluate.Metric):
     """Predictions are logits (N, C), references are class numbers (N,).
 
-    `compute` gives accuracy with its 95 % Wilson interval, macro_f1, nll (natural log, per
-    image), ece, and per class precision, recall, f1 and support, each (C,), with the
+    `compute` gives accuracy with its 95 % Wilson interval, balanced_accuracy (the mean recall
+    of the classes that occur), macro_f1, nll (natural log, per image), ece, and per class precision, recall, f1 and support, each (C,), with the
     confusion_matrix (C, C): rows true, columns predicted.
     """
 
@@ -48,6 +48,7 @@ class ImageClassification(evaluate.Metric):
         return {
             "accuracy": float(correct.mean()),
             "accuracy_interval": wilson_interval(int(correct.sum()), len(labels)),
+            "balanced_accuracy": float(recall[support > 0].mean()),
             "macro_f1": float(f1.mean()),
             "nll": float(-log_probs[np.arange(len(labels)), labels].mean()),
             "ece": calibration_error(np.exp(log_probs.max(axis=1)), correct),

@@ -1,16 +1,20 @@
-"""Find a run's last complete checkpoint, restore weights from it, and compare recipes."""
+"""Find and restore a run's last complete checkpoint; make sure that it is the same run."""
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from pipeline.errors import UserError
 from pipeline.recipe import NON_SEMANTIC_KEYS, RECIPE_DEFAULTS, Recipe
+from pipeline.runs import read_json, write_json
 
 
 def restore(model: PreTrainedModel, checkpoint: str | os.PathLike) -> None:
@@ -27,6 +31,38 @@ def last_checkpoint(folder: Path) -> Path | None:
             return checkpoint
         print(f"Skipping {checkpoint}: it was not written to its end.")
     return None
+
+
+@contextmanager
+def lock_run(recipe: Recipe) -> Iterator[None]:
+    """Hold the run's name; UserError if another process trains a run of that name."""
+    path = recipe.checkpoint_folder.with_name(f".{recipe.run}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
+    try:
+        with lock:
+            yield
+    except Timeout:
+        raise UserError(
+            f'The run "{recipe.run}" is being trained by another process: wait for it, or name '
+            "this run with ARGS=--run=NAME."
+        ) from None
+
+
+def save_processes(recipe: Recipe) -> None:
+    """Save how many processes train, for `check_same_processes`."""
+    write_json(recipe.checkpoint_folder / "processes.json", {"n": recipe.training.world_size})
+
+
+def check_same_processes(recipe: Recipe) -> None:
+    """Raise UserError if a run would be resumed in another number of processes than before."""
+    saved = read_json(recipe.checkpoint_folder / "processes.json")
+    if saved and saved["n"] != recipe.training.world_size:
+        raise UserError(
+            f"{recipe.checkpoint_folder} was trained in {saved['n']} processes, and this is "
+            f"{recipe.training.world_size}: the images would come in another order. Resume with "
+            f"NPROC={saved['n']}, or train again with ARGS=--restart."
+        )
 
 
 def check_same_recipe(recipe: Recipe) -> None:

@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.recipe import DataArguments, data_arguments, load_recipe
 from pipeline.training.checkpoints import last_checkpoint
-from pipeline.training.trainer import train
+from pipeline.training.train import train
 from samples import ROOT, draw_image
 
 BICUBIC = 3

@@ -12,7 +12,7 @@ from pipeline.data.loading import load_split
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate import as_text, evaluate
 from pipeline.recipe import DataArguments, load_recipe
-from pipeline.training.trainer import train
+from pipeline.training.train import train
 from samples import ROOT
 
 DIGITS = DataArguments(dataset="digits")

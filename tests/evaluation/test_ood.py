@@ -7,7 +7,7 @@ from transformers import AutoConfig, pipeline
 from pipeline.evaluation import ood
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.recipe import DataArguments, load_recipe
-from pipeline.training.trainer import train
+from pipeline.training.train import train
 
 
 def test_scores_are_the_log_of_the_summed_exponentials():

@@ -11,7 +11,7 @@ from pipeline.explain import figures
 from pipeline.explain.faithfulness import measure_faithfulness
 from pipeline.recipe import DataArguments, load_recipe
 from pipeline.training.model import load_model
-from pipeline.training.trainer import train
+from pipeline.training.train import train
 from samples import ROOT, draw_image
 
 

@@ -14,7 +14,7 @@ import pytest
 from pipeline.evaluation.metrics import wilson_interval
 from pipeline.recipe import load_recipe
 from pipeline.training.checkpoints import last_checkpoint
-from pipeline.training.trainer import train
+from pipeline.training.train import train
 from samples import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.root]

@@ -19,15 +19,15 @@ ON_CPU = """
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 import train_vit
-from pipeline.training import trainer
+from pipeline.training import train
 
-class Trainer(trainer.ImageTrainer):
+class Trainer(train.ImageTrainer):
     def create_accelerator_and_postprocess(self):
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         super().create_accelerator_and_postprocess()
         assert self.accelerator.is_fsdp2
 
-trainer.ImageTrainer = Trainer
+train.ImageTrainer = Trainer
 train_vit.main()
 """
 

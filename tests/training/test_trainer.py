@@ -20,7 +20,8 @@ from pipeline.evaluation.metrics import wilson_interval
 from pipeline.recipe import load_recipe
 from pipeline.training.checkpoints import last_checkpoint
 from pipeline.training.model import build_model, build_processor
-from pipeline.training.trainer import ImageTrainer, train
+from pipeline.training.train import train
+from pipeline.training.trainer import ImageTrainer
 from samples import ROOT
 
 SCRIPT = ROOT / "scripts/train_vit.py"

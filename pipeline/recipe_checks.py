@@ -1,0 +1,147 @@
+"""Check a recipe's keys and values before anything is loaded; each error names the key."""
+
+import difflib
+from dataclasses import fields
+from importlib.util import find_spec
+
+from transformers import AutoConfig, TrainingArguments
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from pipeline.errors import UserError
+
+RENAMED_KEYS = {
+    "flip": "horizontal_flip",
+    "crop_padding": "random_crop_padding",
+    "drop_path": "drop_path_rate",
+}
+# What other tools call them.
+ALIASES = {
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "label_smoothing": "label_smoothing_factor",
+    "patience": "early_stopping_patience",
+}
+# Set by the pipeline itself, with the reason where they are set.
+FIXED_KEYS = {"output_dir", "remove_unused_columns", "logging_nan_inf_filter"}
+# What a recipe from the Hub may set of the training: nothing that concerns this machine or the Hub.
+HUB_TRAINING_KEYS = {
+    "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs",
+    "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "optim", "label_smoothing_factor", "bf16", "fp16", "seed", "data_seed", "eval_strategy",
+    "eval_steps", "save_strategy", "save_steps", "load_best_model_at_end", "metric_for_best_model",
+    "greater_is_better", "gradient_checkpointing",
+}  # fmt: skip
+METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "nll", "loss")
+LOWER_IS_BETTER = ("nll", "loss")
+# By the range that the values must be in: the words for it, the check, the keys.
+RANGES = {
+    "at least 1": (
+        lambda value: value >= 1,
+        ("image_size", "max_train_samples", "num_proc", "early_stopping_patience",
+         "per_device_train_batch_size", "per_device_eval_batch_size",
+         "gradient_accumulation_steps"),
+    ),
+    "more than 0": (
+        lambda value: value > 0,
+        ("num_train_epochs", "learning_rate", "adam_epsilon", "eval_steps", "save_steps",
+         "logging_steps"),
+    ),
+    "0 or more": (
+        lambda value: value >= 0,
+        ("mixup", "cutmix", "weight_decay", "warmup_steps", "max_grad_norm", "seed"),
+    ),
+    "from 0 to less than 1": (
+        lambda value: 0 <= value < 1,
+        ("random_crop_padding", "drop_path_rate", "label_smoothing_factor", "adam_beta1",
+         "adam_beta2"),
+    ),
+    "more than 0 and at most 1": (lambda value: 0 < value <= 1, ("layer_decay",)),
+    "between 0 and 1": (lambda value: 0 < value < 1, ("validation_size",)),
+}  # fmt: skip
+CHOICES = {"attention": ("auto", "sdpa", "eager"), "resize": ("squash", "crop")}
+
+
+def check_keys(keys: list[str], own_keys: set[str], from_hub: bool = False) -> None:
+    """Raise UserError for a key that is unknown, renamed, or not for a recipe to set."""
+    training_keys = {key.name for key in fields(TrainingArguments)} - FIXED_KEYS
+    known = own_keys | training_keys
+    for key in keys:
+        if key in RENAMED_KEYS:
+            raise UserError(f'The recipe key "{key}" is now "{RENAMED_KEYS[key]}".')
+        if key.startswith(("hub_", "push_to_hub")):
+            raise UserError(
+                f'A recipe can\'t set "{key}": the Trainer would publish weights that nobody '
+                "verified. Use `make push`."
+            )
+        if key not in known:
+            near = [ALIASES[key]] if key in ALIASES else difflib.get_close_matches(key, known, n=1)
+            hint = f'; did you mean "{near[0]}"?' if near else "."
+            raise UserError(f'Recipe has no key "{key}"{hint}')
+        if from_hub and key not in own_keys | HUB_TRAINING_KEYS:
+            raise UserError(
+                f'A recipe from the Hub can\'t set "{key}": give it on the command line if you '
+                "want it."
+            )
+
+
+def check_values(recipe) -> None:
+    """Raise UserError for a value out of its range, or for values that contradict each other."""
+    data, model, objective, args = recipe.data, recipe.model, recipe.objective, recipe.training
+    groups = (data, model, recipe.augmentation, objective, args)
+    values = {key.name: getattr(group, key.name) for group in groups for key in fields(group)}
+    for words, (is_valid, keys) in RANGES.items():
+        for key in keys:
+            if values[key] is not None and not is_valid(values[key]):
+                raise UserError(f"{key} is {values[key]}; it must be {words}.")
+    for key, choices in CHOICES.items():
+        if values[key] not in choices:
+            raise UserError(f'{key} is "{values[key]}"; choose {" or ".join(choices)}.')
+    metric = (args.metric_for_best_model or "").removeprefix("eval_")
+    if metric not in METRICS:
+        raise UserError(f'metric_for_best_model is "{metric}"; choose from {", ".join(METRICS)}.')
+    for name in args.report_to:
+        if find_spec(name) is None:
+            raise UserError(
+                f'report_to is "{name}", and the package is not installed: run '
+                f"`.venv/bin/pip install {name}`, or leave report_to out."
+            )
+    if objective.early_stopping_patience and not args.load_best_model_at_end:
+        raise UserError("early_stopping_patience needs load_best_model_at_end: true.")
+    if isinstance(objective.class_weights, str) and objective.class_weights != "balanced":
+        raise UserError(
+            f'class_weights is "{objective.class_weights}"; write balanced, or a weight by class '
+            "name, as {cat: 2.0}."
+        )
+    if data.streaming:
+        _check_streaming(objective, args)
+    if model.model_config is not None:
+        _check_model_config(model.model_config)
+
+
+def _check_streaming(objective, args: TrainingArguments) -> None:
+    if args.max_steps <= 0:
+        raise UserError(
+            "A streamed dataset has no end: say how long to train, as ARGS=--max_steps=10000."
+        )
+    if args.ignore_data_skip:
+        raise UserError("A resumed stream reads nothing twice: leave out ignore_data_skip.")
+    if objective.class_weights == "balanced":
+        raise UserError(
+            "class_weights: balanced counts all labels first, which a stream can't: give a weight "
+            "by class name."
+        )
+
+
+def _check_model_config(settings: dict) -> None:
+    kind = settings.get("model_type")
+    if kind not in CONFIG_MAPPING_NAMES:
+        near = difflib.get_close_matches(str(kind), CONFIG_MAPPING_NAMES, n=1)
+        hint = f'; did you mean "{near[0]}"?' if near else "."
+        raise UserError(f'model_config has no known model_type (it is "{kind}"){hint}')
+    known = AutoConfig.for_model(kind).to_dict().keys()
+    for key in settings.keys() - known:
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f'; did you mean "{near[0]}"?' if near else "."
+        raise UserError(f'model_config has no key "{key}" for a {kind}{hint}')

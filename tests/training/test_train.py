@@ -1,0 +1,136 @@
+"""A run's life: its name, its folders, signals, resuming, and what ends it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from samples import ROOT
+
+from pipeline import runs
+from pipeline.errors import UserError
+from pipeline.recipe import load_recipe
+from pipeline.training.checkpoints import last_checkpoint
+from pipeline.training.train import build_trainer, train
+
+SCRIPT = ROOT / "scripts/train_vit.py"
+STEPS = ["--eval_strategy=steps", "--eval_steps=5", "--save_strategy=steps", "--save_steps=5"]
+
+
+@pytest.mark.parametrize("name", ["..", "../other", "a b", ".hidden", "checkpoints", "a/b", ""])
+def test_a_run_is_one_plain_folder_name(name):
+    with pytest.raises(UserError, match="can't name a run"):
+        load_recipe("demo", run=name)
+
+
+def test_a_folder_of_something_else_is_neither_used_nor_removed(tiny_recipe, here):
+    (here / "models/run").mkdir(parents=True)
+    (here / "models/run/thesis.txt").write_text("years of work")
+    for restart in (False, True):
+        with pytest.raises(UserError, match="models/run is not a run of this pipeline"):
+            train(load_recipe(tiny_recipe, [], "run"), restart=restart)
+    assert (here / "models/run/thesis.txt").exists()
+
+
+def test_restart_removes_nothing_before_data_and_model_are_loaded(tiny_recipe, here):
+    train(load_recipe(tiny_recipe, ["--max_steps=2"], "run"))
+    with pytest.raises(UserError, match='no folder "./nowhere"'):
+        train(load_recipe(tiny_recipe, ["--dataset=./nowhere"], "run"), restart=True)
+    assert (here / "models/run/model.safetensors").exists()
+
+
+def test_a_second_run_of_a_name_is_refused_while_the_first_trains(tiny_recipe, here):
+    (here / "models/checkpoints").mkdir(parents=True)
+    with FileLock(here / "models/checkpoints/.run.lock"):
+        with pytest.raises(UserError, match='"run" is being trained by another process'):
+            train(load_recipe(tiny_recipe, ["--max_steps=2"], "run"))
+    assert train(load_recipe(tiny_recipe, ["--max_steps=2"], "run"))["new"]
+
+
+def test_another_number_of_processes_is_refused_on_resume(tiny_recipe, here):
+    train(load_recipe(tiny_recipe, ["--max_steps=10", *STEPS], "run"))
+    for file in (here / "models/run").iterdir():
+        file.unlink()
+    (here / "models/run").rmdir()
+    runs.write_json(here / "models/checkpoints/run/processes.json", {"n": 2})
+    with pytest.raises(UserError, match=r"trained in 2 processes, and this is 1.*NPROC=2"):
+        train(load_recipe(tiny_recipe, ["--max_steps=10", *STEPS], "run"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_a_checkpoint_and_the_same_command_resumes(tiny_recipe, here, number):
+    command = [sys.executable, SCRIPT, "--recipe", tiny_recipe, "--run=run", "--max_steps=3000"]
+    command += ["--logging_steps=5", *STEPS, "--eval_steps=1000", "--save_steps=1000"]
+    process = subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    for line in process.stdout:  # the first log: training has begun
+        if "'loss'" in line:
+            break
+    time.sleep(0.2)
+    process.send_signal(number)
+    process.stdout.read()
+    errors = process.stderr.read()
+    assert process.wait() == 1
+    assert "Error: Stopped by a signal at step" in errors
+    assert "Traceback" not in errors
+    checkpoint = last_checkpoint(here / "models/checkpoints/run")
+    step = int(checkpoint.name.split("-")[1])
+    assert 0 < step < 3000
+    assert not (here / "models/run").exists()
+    settings = command[5:]
+    trainer = build_trainer(load_recipe(tiny_recipe, settings, "run"))
+    trainer.args.max_steps = step + 2
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert trainer.state.global_step == step + 2
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_advice(tiny_recipe):
+    options = ["--learning_rate=1e30", "--max_grad_norm=0", "--logging_steps=1", "--max_steps=20"]
+    with pytest.raises(UserError, match=r"diverged: .*loss is (nan|inf) at step \d+.*learning_rate"):
+        train(load_recipe(tiny_recipe, options, "run"))
+
+
+def test_training_ends_early_where_validation_does_not_improve(tiny_recipe):
+    options = ["--early_stopping_patience=2", "--learning_rate=1e-9", "--num_train_epochs=9"]
+    summary = train(load_recipe(tiny_recipe, options, "run"))
+    assert summary["epochs"] == 3
+
+
+@pytest.mark.parametrize("metric", ["nll", "loss", "macro_f1", "balanced_accuracy"])
+def test_the_best_checkpoint_is_best_by_the_metric_that_was_asked_for(tiny_recipe, metric):
+    options = [f"--metric_for_best_model={metric}", "--num_train_epochs=3", "--learning_rate=0.02"]
+    summary = train(load_recipe(tiny_recipe, options, "run"))
+    log = {e["step"]: e for e in summary["log"] if "eval_nll" in e}
+    best = min if metric in ("nll", "loss") else max
+    values = {step: entry[f"eval_{metric}"] for step, entry in log.items()}
+    assert values[summary["best_step"]] == best(values.values())
+    # The accuracy reported is that of the saved weights, whatever picked them.
+    assert summary["validation_accuracy"] == log[summary["best_step"]]["eval_accuracy"]
+    assert 0 <= summary["validation_accuracy"] <= 1
+
+
+def test_class_weights_are_balanced_or_by_name(tiny_recipe):
+    trainer = build_trainer(load_recipe(tiny_recipe, ["--class_weights=balanced"], "run"))
+    labels = trainer.train_dataset.labels
+    weights = trainer.class_weights
+    assert weights[labels].mean().item() == pytest.approx(1, abs=1e-4)
+    counts = [(labels == c).sum() for c in range(10)]
+    assert weights.argmax().item() == counts.index(min(counts))
+    trainer = build_trainer(load_recipe(tiny_recipe, ['--class_weights={"3": 2.5}'], "run"))
+    assert trainer.class_weights.tolist() == [1, 1, 1, 2.5, 1, 1, 1, 1, 1, 1]
+    with pytest.raises(UserError, match='class_weights has no class "cat"; there are 0, 1'):
+        build_trainer(load_recipe(tiny_recipe, ['--class_weights={"cat": 2}'], "run"))
+
+
+def test_settings_of_speed_and_reporting_do_not_block_a_resume(tiny_recipe):
+    train(load_recipe(tiny_recipe, ["--max_steps=2"], "run"))
+    options = ["--max_steps=2", "--per_device_eval_batch_size=7", "--dataloader_num_workers=1"]
+    assert not train(load_recipe(tiny_recipe, options, "run"))["new"]
+    assert Path("models/run").exists()
