@@ -9,12 +9,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap
+from matplotlib.font_manager import fontManager
 from PIL.Image import Image
 
 # Distinct for color-blind readers (Okabe and Ito).
 BLUE, ORANGE = "#0072b2", "#d55e00"
+MAX_CLASSES = 50  # that a confusion matrix stays readable with
+MAX_PAIRS = 30
+# Fonts with the characters that matplotlib's own lacks, where one is installed.
+FALLBACK_FONTS = ("Noto Sans CJK SC", "WenQuanYi Zen Hei", "Hiragino Sans GB", "Microsoft YaHei")
 OKABE_ITO = (BLUE, ORANGE, "#009e73", "#cc79a7", "#e69f00")
 plt.rcParams |= {
+    "font.family": ["DejaVu Sans", *({f.name for f in fontManager.ttflist} & {*FALLBACK_FONTS})],
+    "text.parse_math": False,  # a $ in a class name is a $
     "figure.dpi": 150,
     "figure.constrained_layout.use": True,
     "axes.spines.top": False,
@@ -62,26 +69,44 @@ def training_curves(log: list[dict], path: Path) -> bool:
 
 
 def confusion_matrix(matrix: list[list[int]], labels: list[str], path: Path) -> None:
-    """Draw counts (C, C), rows true and columns predicted; shaded by the share of the row."""
+    """Draw counts (C, C), rows true and columns predicted; shaded by the share of the row.
+
+    Above MAX_CLASSES classes the most confused pairs are drawn instead.
+    """
     counts = np.asarray(matrix)
+    if len(labels) > MAX_CLASSES:
+        return _confused_pairs(counts, labels, path)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = max(4.0, 0.55 * len(labels) + 1.5)
     figure, axes = plt.subplots(figsize=(side, side))
     # A cube root makes the few errors visible beside the many correct answers.
     axes.imshow(np.cbrt(shares), cmap="Blues", vmin=0, vmax=1.15)
     if len(labels) <= 30:
-        for row, column in np.ndindex(*counts.shape):
-            if counts[row, column]:
-                color = "white" if shares[row, column] > 0.3 else "black"
-                axes.text(
-                    column, row, counts[row, column], ha="center", va="center", color=color,
-                    fontsize="small", fontweight="bold" if row == column else None,
-                )  # fmt: skip
+        for row, column in np.argwhere(counts):
+            color = "white" if shares[row, column] > 0.3 else "black"
+            axes.text(
+                column, row, counts[row, column], ha="center", va="center", color=color,
+                fontsize="small", fontweight="bold" if row == column else None,
+            )  # fmt: skip
     ticks = range(len(labels))
     axes.set_xticks(ticks, labels, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(ticks, labels)
     axes.set(xlabel="predicted", ylabel="true", title="Images by true and predicted class")
     axes.spines[:].set_visible(False)
+    _save(figure, path)
+
+
+def _confused_pairs(counts: np.ndarray, labels: list[str], path: Path) -> None:
+    errors = counts * (1 - np.eye(len(counts), dtype=counts.dtype))
+    order = np.argsort(errors, axis=None)[::-1][:MAX_PAIRS]
+    pairs = [pair for pair in zip(*np.unravel_index(order, errors.shape), strict=True)][::-1]
+    names = [f"{labels[true]} taken for {labels[predicted]}" for true, predicted in pairs]
+    figure, axes = plt.subplots(figsize=(8, 0.25 * MAX_PAIRS + 1))
+    axes.barh(range(len(pairs)), [errors[pair] for pair in pairs], color=BLUE)
+    axes.set_yticks(range(len(pairs)), names, fontsize="small")
+    axes.set(
+        xlabel="images", title=f"The {len(pairs)} most confused pairs of {len(labels)} classes"
+    )
     _save(figure, path)
 
 

@@ -198,6 +198,11 @@ def hub_commit(repo_type: str, name: str, revision: str | None = None) -> str | 
             "on the Hub (a private one needs `hf auth login`)."
         ) from None
     except (httpx2.TransportError, HfHubHTTPError, OSError) as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            raise UserError(
+                f"The Hub at {constants.ENDPOINT} does not accept the token, which may have "
+                "expired: run `hf auth login`, or unset HF_TOKEN for a public repository."
+            ) from None
         raise UserError(
             f'Cannot reach the Hub at {constants.ENDPOINT} for the {repo_type} "{name}" '
             f"({type(error).__name__}). `make demo` needs no Hub; DATASET= and MODEL= also take "

@@ -55,12 +55,40 @@ def test_a_number_written_without_a_point_is_a_number(tmp_path):
         (["--eval_strategy=often"], "eval_strategy"),
         (["--flip"], '"flip" is now "horizontal_flip"'),
         (["stray"], 'Cannot read "stray"'),
+        (["--epochs=3"], 'no key "epochs"; did you mean "num_train_epochs"?'),
+        (["--lr=1"], 'did you mean "learning_rate"?'),
+        (["--batch_size=1"], 'did you mean "per_device_train_batch_size"?'),
+        (["--mixup=-1"], "mixup is -1.0; it must be 0 or more"),
+        (["--layer_decay=-1"], "layer_decay is -1.0; it must be more than 0 and at most 1"),
+        (["--image_size=0"], "image_size is 0; it must be at least 1"),
+        (["--per_device_train_batch_size=0"], "per_device_train_batch_size is 0"),
+        (["--learning_rate=-1e-3"], "learning_rate is -0.001; it must be more than 0"),
+        (["--label_smoothing_factor=1"], "label_smoothing_factor is 1.0"),
+        (["--max_train_samples=0"], "max_train_samples is 0"),
+        (["--resize=fit"], 'resize is "fit"; choose squash or crop'),
+        (["--metric_for_best_model=acuracy"], 'metric_for_best_model is "acuracy"; choose from'),
+        (["--report_to=wandbb"], 'report_to is "wandbb", and the package is not installed'),
+        (["--push_to_hub"], "`make push`"),
+        (["--hub_model_id=x/y"], "`make push`"),
+        (["--class_weights=even"], 'class_weights is "even"; write balanced'),
+        (
+            ["--early_stopping_patience=2", "--load_best_model_at_end=false"],
+            "needs load_best_model_at_end",
+        ),
+        (['--model_config={"model_type": "vit", "hiden_size": 3}'], 'did you mean "hidden_size"'),
+        (['--model_config={"model_type": "vitt"}'], 'did you mean "vit"'),
     ],
 )
 def test_a_wrong_setting_is_named(overrides, message):
     with pytest.raises(UserError) as error:
         load_recipe("demo", overrides)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("metric", ["nll", "loss", "eval_loss", "accuracy", "macro_f1"])
+def test_lower_is_better_for_losses_only(metric):
+    training = load_recipe("demo", [f"--metric_for_best_model={metric}"]).training
+    assert training.greater_is_better == (metric in ("accuracy", "macro_f1"))
 
 
 def test_an_unknown_recipe_names_the_known_ones():

@@ -111,7 +111,7 @@ def predict(
     Returns:
         Logits float32 (N, C) and labels (N,), in the dataset's order.
     """
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     loader = DataLoader(DecodedImages(dataset), batch_size, collate_fn=DecodedImages.collate)
     # Not the model: it is not trained, so each process keeps a copy of its own.
     model, loader = model.to(accelerator.device).eval(), accelerator.prepare(loader)
