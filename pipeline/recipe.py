@@ -197,12 +197,13 @@ def load_recipe(name: str, overrides: list[str] = (), run: str | None = None) ->
     path = _find(name)
     settings = _read_yaml(path)
     overrides = _expand_flags(overrides)
-    given = [arg[2:].partition("=")[0].replace("-", "_") for arg in overrides if arg[:2] == "--"]
+    pairs = [arg[2:].partition("=") for arg in overrides if arg.startswith("--")]
+    given = {key.replace("-", "_"): value for key, _, value in pairs}
     check_keys(list(settings), set(RECIPE_DEFAULTS), from_hub=name.startswith("hub:"))
-    check_keys(given, set(RECIPE_DEFAULTS))
+    check_keys(list(given), set(RECIPE_DEFAULTS))
 
     parser = _Parser((*RECIPE_GROUPS, TrainingArguments), allow_abbrev=False)
-    streaming = settings.get("streaming") or "--streaming" in " ".join(overrides)
+    streaming = str((settings | given).get("streaming")).lower() in ("true", "yes", "1")
     settings = DEFAULTS | (STREAMING_DEFAULTS if streaming else {}) | settings
     # Our columns are not the model's. The filter would wait for the device at every step, and log
     # a diverged loss as a sound one.

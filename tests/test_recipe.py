@@ -112,3 +112,19 @@ def test_a_lone_flag_is_true():
     recipe = load_recipe("demo", ["--disable_tqdm", "--horizontal_flip", "--seed=3"])
     assert recipe.training.disable_tqdm
     assert recipe.augmentation.horizontal_flip
+
+
+def test_streaming_defaults_follow_the_command_line(tmp_path):
+    (tmp_path / "r.yaml").write_text("streaming: true\nmax_steps: 10\n")
+    assert load_recipe(str(tmp_path / "r.yaml")).training.save_strategy == "steps"
+    plain = load_recipe(str(tmp_path / "r.yaml"), ["--streaming=false"])
+    assert plain.training.save_strategy == "epoch"
+
+
+def test_a_recipe_from_the_hub_sets_what_is_learned_and_nothing_else():
+    from pipeline.recipe_checks import check_keys
+
+    check_keys(["learning_rate", "image_size"], {"image_size"}, from_hub=True)
+    for key in ("report_to", "torch_compile", "dataloader_num_workers", "deepspeed"):
+        with pytest.raises(UserError, match=f'recipe from the Hub can\'t set "{key}"'):
+            check_keys([key], {"image_size"}, from_hub=True)
