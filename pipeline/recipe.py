@@ -38,20 +38,11 @@ STREAMING_DEFAULTS = {
 }
 # Settings of speed, place and reporting: a run may be resumed under others.
 NON_SEMANTIC_KEYS = {
-    "num_proc",
-    "attention",
-    "logging_steps",
-    "save_total_limit",
-    "disable_tqdm",
-    "report_to",
-    "torch_compile",
-    "per_device_eval_batch_size",
-    "dataloader_num_workers",
-    "dataloader_pin_memory",
-    "dataloader_persistent_workers",
+    "num_proc", "attention", "logging_steps", "save_total_limit", "disable_tqdm", "report_to",
+    "torch_compile", "per_device_eval_batch_size", "early_stopping_patience",
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
     "dataloader_prefetch_factor",
-    "early_stopping_patience",
-}
+}  # fmt: skip
 
 
 @dataclass

@@ -34,11 +34,11 @@ def main() -> None:
 def report(summary: dict) -> None:
     if not summary["new"]:
         print(f"The run {summary['run']} is finished; ARGS=--restart trains it again.")
-    validation = "No validation: the recipe has eval_strategy: no."
+    validation = "The saved weights were not validated."
     if summary["validation_accuracy"] is not None:
         validation = (
-            f"Best validation accuracy {summary['validation_accuracy']:.2%} "
-            f"({summary['validation_images']:,} images), at step {summary['best_step']}."
+            f"Validation accuracy {summary['validation_accuracy']:.2%} "
+            f"({summary['validation_images']:,} images), the weights of step {summary['best_step']}."
         )
     print(
         f"\nTrained {summary['epochs']:.3g} epochs over {summary['training_images']:,} images "

@@ -2,6 +2,7 @@
 
 import shutil
 from contextlib import nullcontext
+from pathlib import Path
 
 from transformers import PreTrainedModel, set_seed
 
@@ -109,7 +110,10 @@ def build_trainer(recipe: Recipe) -> ImageTrainer:
 def _summarize(trainer: ImageTrainer, recipe: Recipe) -> dict:
     state, history = trainer.state, trainer.state.log_history
     last = next(entry for entry in reversed(history) if "train_runtime" in entry)
-    best = next((e for e in history if "eval_nll" in e and e["step"] == state.best_global_step), {})
+    step = state.global_step  # whose weights are saved
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        step = int(Path(state.best_model_checkpoint).name.split("-")[1])
+    saved = next((e for e in history if "eval_nll" in e and e["step"] == step), {})
     if recipe.data.streaming:  # how many were seen
         images = state.global_step * trainer.get_total_train_batch_size(trainer.args)
     else:
@@ -117,8 +121,8 @@ def _summarize(trainer: ImageTrainer, recipe: Recipe) -> dict:
     return {
         "run": recipe.run,
         "model_folder": str(recipe.model_folder),
-        "best_step": state.best_global_step,
-        "validation_accuracy": best.get("eval_accuracy"),
+        "best_step": step,
+        "validation_accuracy": saved.get("eval_accuracy"),
         "validation_images": len(trainer.eval_dataset),
         "training_images": images,
         "epochs": state.epoch,

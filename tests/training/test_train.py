@@ -93,7 +93,9 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_resumes(tiny_recipe, h
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_advice(tiny_recipe):
     options = ["--learning_rate=1e30", "--max_grad_norm=0", "--logging_steps=1", "--max_steps=20"]
-    with pytest.raises(UserError, match=r"diverged: .*loss is (nan|inf) at step \d+.*learning_rate"):
+    with pytest.raises(
+        UserError, match=r"diverged: .*loss is (nan|inf) at step \d+.*learning_rate"
+    ):
         train(load_recipe(tiny_recipe, options, "run"))
 
 
@@ -114,6 +116,19 @@ def test_the_best_checkpoint_is_best_by_the_metric_that_was_asked_for(tiny_recip
     # The accuracy reported is that of the saved weights, whatever picked them.
     assert summary["validation_accuracy"] == log[summary["best_step"]]["eval_accuracy"]
     assert 0 <= summary["validation_accuracy"] <= 1
+
+
+def test_without_reloading_the_best_the_accuracy_is_that_of_the_last_weights(tiny_recipe):
+    options = ["--load_best_model_at_end=false", "--num_train_epochs=2", "--learning_rate=0.05"]
+    summary = train(load_recipe(tiny_recipe, options, "run"))
+    last = [entry for entry in summary["log"] if "eval_nll" in entry][-1]
+    assert (summary["best_step"], summary["validation_accuracy"]) == (44, last["eval_accuracy"])
+
+
+def test_checkpoints_must_be_validated_to_pick_the_best(tiny_recipe):
+    options = ["--eval_strategy=steps", "--eval_steps=5", "--save_strategy=steps", "--save_steps=7"]
+    with pytest.raises(UserError, match="saving steps to be a round multiple of the evaluation"):
+        load_recipe(tiny_recipe, options)
 
 
 def test_class_weights_are_balanced_or_by_name(tiny_recipe):

@@ -61,7 +61,7 @@ def test_a_run_without_validation_ends_too(tiny_recipe, capsys):
     options = ["--max_steps=2", "--eval_strategy=no", "--save_strategy=no"]
     recipe = load_recipe(tiny_recipe, [*options, "--load_best_model_at_end=false"], "run")
     train_vit.report(train(recipe))
-    assert "No validation" in capsys.readouterr().out
+    assert "not validated" in capsys.readouterr().out
 
 
 @pytest.mark.slow
