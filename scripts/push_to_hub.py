@@ -4,85 +4,126 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from pipeline.errors import UserError, run_main
+from pipeline.errors import UserError, confirm, run_main
+
+LARGE = 50e6  # bytes, from which progress bars are worth their lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("repo", help="owner/name; with --verify_only also owner/name@revision")
-    parser.add_argument("--model", help="its folder (default: the model trained last)")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--pr", action="store_true", help="open a pull request")
-    parser.add_argument("--tag", help="a tag, set once the download is verified")
-    parser.add_argument("--dry_run", action="store_true", help="show what would be done")
-    parser.add_argument("--full", action="store_true", help="verify on all test images, not 1,000")
-    parser.add_argument("--seed", type=int, help="of the random test images (default: a new one)")
-    parser.add_argument("--dataset", help="where the test images are, if not where they were")
-    parser.add_argument("--verify_only", action="store_true", help="verify what is published")
+    option = parser.add_argument
+    option("repo", nargs="?", help="owner/name (default: you/backbone-finetuned-dataset)")
+    option("--model", help="its folder (default: the model trained last)")
+    option("--private", action="store_true", help="make a new repository private")
+    option("--pr", action="store_true", help="open a pull request")
+    option("--tag", help="a tag, set once the download is verified")
+    option("--license", help="of the weights (default: the backbone's)")
+    option("--code_url", help="where the code is (default: git's remote)")
+    option("--publish_images", action="store_true", help="publish images that are not public too")
+    option("--replace", action="store_true", help="overwrite what this pipeline did not write")
+    option("--yes", action="store_true", help="don't ask whether the default name is right")
+    option("--dry_run", action="store_true", help="show what would be done")
+    option("--full", action="store_true", help="verify on all test images, not 1,000")
+    option("--seed", type=int, help="of the random test images (default: a new one)")
+    option("--dataset", help="where the test images are, if not where they were")
+    option("--verify_only", action="store_true", help="verify repo, or repo@revision")
     args = parser.parse_args()
     if args.pr and args.tag:
         raise UserError("A pull request can't be tagged: tag it when it is merged.")
-    from pipeline import runs  # after the arguments: the imports take seconds
-    from pipeline.publish.hub import Repository, connect
+    from datasets import disable_progress_bars  # after the arguments: the imports take seconds
+    from transformers.utils.logging import disable_progress_bar
+
+    from pipeline import runs
+    from pipeline.publish.connection import connect
+    from pipeline.publish.hub import Repository
     from pipeline.publish.verify import SAMPLE_SIZE, verify
 
+    disable_progress_bars()
+    disable_progress_bar()
     if args.verify_only:
-        repo, commit = runs.split_revision(args.repo)
-        repository = Repository(connect(anonymous=True), repo)
+        if not args.repo:
+            raise UserError("Say what to verify, as REPO=you/model or REPO=you/model@v1.")
+        name, commit = runs.split_revision(args.repo)
+        repository, back = Repository(connect(anonymous=True), name), ""
     else:
-        repository = Repository(connect(), args.repo)
-        commit = push(repository, args)
+        repository, commit, back = push(connect(), args)
         if commit is None:
             return
 
     # Only what passes the verification is tagged.
-    images = None if args.full else SAMPLE_SIZE
-    verified = verify(repository, commit, images, args.dataset, args.seed)
-    print(
-        f"Verified:   {repository.name} @ {verified.commit[:12]}. Checksums, card and metrics are "
-        f"right,\n            and pipeline() gives the published predictions for "
-        f"{verified.images:,} test images (seed {verified.seed})."
-    )
-    if args.tag:
+    try:
+        images = None if args.full else SAMPLE_SIZE
+        verified = verify(repository, commit, images, args.dataset, args.seed)
+    except UserError as error:
+        raise UserError(f"{error}{back}") from None
+    print(f"Verified:   {repository.name} @ {verified.commit[:12]}")
+    width = max(map(len, verified.checks))
+    print("\n".join(f"  {check:{width}}  {state}" for check, state in verified.checks.items()))
+    if args.tag and not args.verify_only:
         repository.tag(args.tag, commit)
         print(f"Tagged:     {args.tag}")
 
 
-def push(repository, args: argparse.Namespace) -> str | None:
-    """Push the model in one commit, and return it; None for a dry run."""
+def push(api, args: argparse.Namespace):
+    """Push the model in one commit.
+
+    Returns:
+        The repository, the commit (None for a dry run), and how to go back from it.
+    """
+    from huggingface_hub.utils import disable_progress_bars
+
     from pipeline import runs
-    from pipeline.publish.staging import stage_model
+    from pipeline.publish import provenance, staging
+    from pipeline.publish.hub import Repository
 
     # Is it allowed?
-    parent_commit = repository.check_access(args.private, args.pr)
     model = Path(args.model or runs.last_run()).expanduser()
-    url = f"{repository.api.endpoint}/{repository.name}"
-    print(f"Model:      {model}")
-    print(f"Repository: {url} ({'existing' if parent_commit else 'new'})")
-
+    name = args.repo or provenance.default_name(api, model)
+    repository = Repository(api, name)
+    account, parent_commit, is_private = repository.check_access(args.private, args.pr)
+    url, state = f"{api.endpoint}/{name}", "existing" if parent_commit else "new"
+    print(f"Model:      {model}\nAccount:    {account} at {api.endpoint}")
+    print(f"Repository: {url} ({state}, {'private' if is_private else 'public'})")
     with tempfile.TemporaryDirectory() as folder:
         # What would change?
-        staged = stage_model(repository.api, model, repository.name, Path(folder))
-        plan = repository.plan(staged, parent_commit)
-        if args.tag and parent_commit:
-            repository.check_tag(args.tag, None if plan else parent_commit)
+        staged = staging.stage_model(
+            api, model, name, Path(folder),
+            args.publish_images, args.license, args.code_url, args.dataset,
+        )  # fmt: skip
+        plan = repository.plan(staged, parent_commit, args.replace)
+        if args.tag:
+            repository.check_tag(args.tag, None if plan else parent_commit, not parent_commit)
         print(plan.describe(staged))
         if args.dry_run:
             card = runs.results_folder(str(model)) / "model_card.md"
             card.write_bytes(staged["README.md"].read_bytes())
-            return print(f"Nothing was sent. The card is in {card}.")
+            print(f"Nothing was sent. The card is in {card}.")
+            return repository, None, ""
         if not plan:
             print("Nothing has changed since the last push: there is no new commit.")
-            return parent_commit
+            return repository, parent_commit, ""
+        if not args.repo:
+            confirm(f"Publish as {name}?", args.yes)
 
         # One commit, or nothing.
+        if sum(file.stat().st_size for file in staged.values()) < LARGE:
+            disable_progress_bars()
         plan.parent_commit = parent_commit or repository.create(args.private)
-        commit = repository.commit(staged, plan, f"Publish {model.name}", args.pr)
+        commit = repository.commit(staged, plan, "Publish the model, its results and card", args.pr)
     print(f"Published:  {url}/commit/{commit}")
     if args.pr:
         ref = next(ref for ref, sha in repository.refs().items() if sha == commit)
         print(f"Proposed:   {url}/discussions/{ref.removeprefix('refs/pr/')}")
-    return commit
+        return repository, commit, "\nmain is as it was: close the pull request."
+    provenance.record_push(model, api.endpoint, name, commit)
+    back = f"It was empty before: `hf repos delete {name}` removes it."
+    if parent_commit:
+        back = (
+            f"To go back to {parent_commit[:12]}:\n"
+            f"  hf download {name} --revision {parent_commit} --local-dir before\n"
+            f'  hf upload {name} before . --delete "*"'
+        )
+    return repository, commit, f"\nmain holds {commit[:12]}, not verified and not tagged. {back}"
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def report(summary: dict) -> None:
     if summary["validation_accuracy"] is not None:
         validation = (
             f"Validation accuracy {summary['validation_accuracy']:.2%} "
-            f"({summary['validation_images']:,} images), the weights of step {summary['best_step']}."
+            f"({summary['validation_images']:,} images), weights of step {summary['best_step']}."
         )
     print(
         f"\nTrained {summary['epochs']:.3g} epochs over {summary['training_images']:,} images "

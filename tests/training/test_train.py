@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from samples import ROOT
 
 from pipeline import runs
 from pipeline.errors import UserError
 from pipeline.recipe import load_recipe
 from pipeline.training.checkpoints import last_checkpoint
 from pipeline.training.train import build_trainer, train
+from samples import ROOT
 
 SCRIPT = ROOT / "scripts/train_vit.py"
 STEPS = ["--eval_strategy=steps", "--eval_steps=5", "--save_strategy=steps", "--save_steps=5"]
@@ -45,9 +45,10 @@ def test_restart_removes_nothing_before_data_and_model_are_loaded(tiny_recipe, h
 
 def test_a_second_run_of_a_name_is_refused_while_the_first_trains(tiny_recipe, here):
     (here / "models/checkpoints").mkdir(parents=True)
-    with FileLock(here / "models/checkpoints/.run.lock"):
-        with pytest.raises(UserError, match='"run" is being trained by another process'):
-            train(load_recipe(tiny_recipe, ["--max_steps=2"], "run"))
+    recipe = load_recipe(tiny_recipe, ["--max_steps=2"], "run")
+    refused = pytest.raises(UserError, match='"run" is being trained by another process')
+    with FileLock(here / "models/checkpoints/.run.lock"), refused:
+        train(recipe)
     assert train(load_recipe(tiny_recipe, ["--max_steps=2"], "run"))["new"]
 
 
