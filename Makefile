@@ -47,7 +47,7 @@ visualize: setup ## draw MODEL's attention, and measure how faithful it is | mak
 	$(PY) scripts/visualize_attention.py $(SELECT)
 
 push: setup ## publish MODEL as REPO in one verified commit | make push REPO=you/vit-cifar10 ARGS="--tag v1"
-	$(PY) scripts/push_to_hub.py "$(REPO)" $(SELECT)
+	$(PY) scripts/push_to_hub.py $(if $(REPO),"$(REPO)") $(SELECT)
 
 verify: setup ## download REPO and check what its card says | make verify REPO=you/vit-cifar10@v1
 	$(PY) scripts/push_to_hub.py "$(REPO)" --verify_only $(SELECT)
@@ -56,7 +56,7 @@ app: setup ## open the Space on this machine, with MODEL | make app MODEL=models
 	MODEL_ID="$(MODEL)" $(PY) space/app.py
 
 space: setup ## publish the Space as REPO, showing MODEL | make space REPO=you/look MODEL=you/vit-cifar10
-	$(PY) scripts/deploy_space.py "$(REPO)" $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+	$(PY) scripts/deploy_space.py $(if $(REPO),"$(REPO)") $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 hub: setup ## start a local Hub, to rehearse a publication | make hub ARGS=--help
 	$(PY) -m local_hub $(ARGS)
@@ -69,7 +69,7 @@ demo: setup ## the whole pipeline on scikit-learn's digits, in minutes | make de
 	$(PY) scripts/evaluate_vit.py --model models/demo
 	$(PY) scripts/visualize_attention.py --model models/demo
 	rm -rf results/demo/hub
-	$(LOCAL_HUB) scripts/push_to_hub.py me/demo --model models/demo --tag v1
+	$(LOCAL_HUB) scripts/push_to_hub.py me/demo --model models/demo --license apache-2.0 --tag v1
 	$(LOCAL_HUB) scripts/predict.py me/demo@v1
 	@echo "Open its page: make app MODEL=models/demo"
 

@@ -16,7 +16,7 @@ from transformers.hf_argparser import HfArg
 
 from pipeline.errors import UserError
 from pipeline.recipe_checks import LOWER_IS_BETTER, check_keys, check_values
-from pipeline.runs import MODELS, check_run_name, model_file
+from pipeline.runs import MODELS, check_run_name, model_file, pin
 
 RECIPES = Path(__file__).parent / "recipes"
 # Under every recipe: validate and save once an epoch, and keep the best.
@@ -161,6 +161,20 @@ class Recipe:
     @property
     def checkpoint_folder(self) -> Path:
         return Path(self.training.output_dir)
+
+    def pin_sources(self, resume: bool) -> None:
+        """Resolve dataset and backbone to commits (see `runs.pin`); a resumed run keeps its own."""
+        files = (self.model_folder / "recipe.yaml", self.checkpoint_folder / "recipe.yaml")
+        saved = next((_read_yaml(file) for file in files if resume and file.is_file()), {})
+        for group, key in ((self.data, "dataset"), (self.model, "model")):
+            name, revision = getattr(group, key), getattr(group, f"{key}_revision")
+            if saved.get(key) == name and revision in (None, saved.get(f"{key}_revision")):
+                revision = saved.get(f"{key}_revision")
+            elif name is not None and (key, name) != ("dataset", "digits"):
+                name, revision = pin(key, name, revision)
+            for attribute, value in ((key, name), (f"{key}_revision", revision)):
+                setattr(group, attribute, value)
+                self.settings[attribute] = value
 
     def save(self, folder: Path) -> None:
         text = yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True)

@@ -6,6 +6,7 @@ everything measured or drawn of that model in `results/cpu`.
 
 import hashlib
 import json
+import os
 import platform
 import re
 import shutil
@@ -73,6 +74,16 @@ def is_local(name: str) -> bool:
     if name.startswith((".", "/", "~", "models/")) or name.count("/") > 1:
         raise UserError(f'There is no folder "{name}".')
     return False
+
+
+def pin(repo_type: str, name: str, revision: str | None) -> tuple[str, str | None]:
+    """Return a source in the form that a recipe keeps: a Hub id with its commit, or a path.
+
+    A local folder `photos` becomes `./photos`, which no Hub id can be, and has no revision.
+    """
+    if is_local(name):
+        return (name if name.startswith((".", "/", "~")) else f"./{name}"), None
+    return name, hub_commit(repo_type, name, revision) or revision or "main"
 
 
 def model_file(model: str, file: str) -> Path | None:
@@ -256,6 +267,12 @@ def check_folders(run: str) -> None:
                 f"{folder} is not a run of this pipeline (it has no recipe.yaml): name this run "
                 "with ARGS=--run=NAME, or move that folder away."
             )
+
+
+def print_once(text: str) -> None:
+    """Print in the first of several processes only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
 
 
 def remove_run(run: str) -> None:

@@ -18,6 +18,7 @@ def main() -> None:
 
     from pipeline import runs
     from pipeline.data.loading import load_split
+    from pipeline.data.transforms import input_size
     from pipeline.explain import figures
     from pipeline.recipe import data_arguments
     from pipeline.training.model import load_model
@@ -27,7 +28,10 @@ def main() -> None:
     examples = figures.examples_from_files(args.images)
     if not examples:
         data = data_arguments(args.model, args.dataset)
-        test = load_split(data, "test", processor.size["height"], processor.resample)
+        test = load_split(
+            data, "test", input_size(processor), processor.resample,
+            crop=bool(processor.do_center_crop),
+        )  # fmt: skip
         examples = figures.examples_from_rows(test, range(5))
     classify = pipeline("image-classification", model=name, revision=revision)
     for example in examples:

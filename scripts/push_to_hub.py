@@ -91,6 +91,7 @@ def push(api, args: argparse.Namespace):
             args.publish_images, args.license, args.code_url, args.dataset,
         )  # fmt: skip
         plan = repository.plan(staged, parent_commit, args.replace)
+        args.dataset = args.dataset or provenance.local_dataset(model)
         if args.tag:
             repository.check_tag(args.tag, None if plan else parent_commit, not parent_commit)
         print(plan.describe(staged))

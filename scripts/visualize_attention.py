@@ -15,12 +15,13 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=-1, help="from 0; -1 is the last")
     parser.add_argument("--head", type=int, default=0, help="from 0")
     parser.add_argument("--class", dest="target", help="of the relevance (default: the predicted)")
-    parser.add_argument("--faithfulness", type=int, default=200, help="test images; 0 for none")
+    parser.add_argument("--faithfulness", type=int, help="test images (default: 200); 0 for none")
     args = parser.parse_args()
 
     # After the arguments: these take seconds to import.
     from pipeline import plots, runs
     from pipeline.data.loading import load_split
+    from pipeline.data.transforms import input_size
     from pipeline.explain import faithfulness, figures
     from pipeline.recipe import data_arguments
     from pipeline.training.model import load_model
@@ -31,9 +32,12 @@ def main() -> None:
     model, processor = load_model(name)
     hashes = runs.model_hashes(name)
     folder = runs.results_folder(name)
-    if not args.images or args.rows or args.faithfulness:
+    if not args.images or args.rows or args.faithfulness != 0:
         data = data_arguments(name, args.dataset)
-        test = load_split(data, "test", processor.size["height"], processor.resample)
+        test = load_split(
+            data, "test", input_size(processor), processor.resample,
+            crop=bool(processor.do_center_crop),
+        )  # fmt: skip
         rows = args.rows
         if not (rows or args.images):
             results = runs.read_json(folder / "evaluation_results.json")
@@ -50,10 +54,9 @@ def main() -> None:
     runs.link_results(folder, "visualizations")
     print(f"Drew {len(examples)} images: {len(files)} figures; see {folder}/visualizations.")
 
-    if args.faithfulness:
-        results = faithfulness.measure_faithfulness(
-            model, processor, test, args.faithfulness, args.head
-        )
+    if args.faithfulness != 0:
+        count = args.faithfulness or min(200, len(test))
+        results = faithfulness.measure_faithfulness(model, processor, test, count, args.head)
         path = folder / "attention_faithfulness.json"
         runs.write_json(path, results | {"model": name, "sha256": hashes})
         plots.faithfulness_curves(results["curves"], path.with_suffix(".png"))

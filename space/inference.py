@@ -84,8 +84,7 @@ class Classifier:
         model_input = image.resize(size, self.processor.resample)
         maps = attention.compute_maps(self.model, self.pixels(model_input), relevance=False)
         logits = maps.logits[0].float()  # (C,)
-        picture = image.copy()
-        picture.thumbnail((MAX_SHOWN, MAX_SHOWN))
+        picture = ImageOps.contain(image, (min(MAX_SHOWN, max(image.size)),) * 2)
         pairs = zip(self.labels, logits.softmax(dim=0).tolist(), strict=True)
         probs = dict(sorted(pairs, key=lambda pair: -pair[1]))
         return Prediction(picture, model_input, probs, logits.logsumexp(dim=0).item(), maps)
@@ -116,9 +115,8 @@ class Classifier:
         return ood is None or prediction.energy >= ood["threshold"]
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """Return what the model takes, (1, 3, S, S) in its precision."""
-        pixels = self.processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
-        return pixels.to(self.model.dtype)
+        """Return what the model takes of an RGB image, (1, 3, S, S) in its precision."""
+        return self.processor(image, return_tensors="pt")["pixel_values"].to(self.model.dtype)
 
 
 def open_picture(data: bytes) -> Image.Image:
@@ -130,6 +128,8 @@ def open_picture(data: bytes) -> Image.Image:
             if min(image.size) < MIN_SIDE:
                 raise UserError(f"Each side of the picture must have at least {MIN_SIDE} pixels.")
             image = ImageOps.exif_transpose(image)
+            if image.mode in ("I", "F"):
+                raise UserError("32-bit gray has no fixed range: convert it to 8 or 16 bits.")
             if image.mode.startswith("I;16"):  # scaled, where Pillow would clip it
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("RGB")

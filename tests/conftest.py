@@ -15,7 +15,6 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 import datasets
 import pytest
 import torch
-from hub_fixtures import hub_server  # noqa: F401
 from transformers import (
     Dinov2Config,
     Dinov2ForImageClassification,
@@ -24,6 +23,7 @@ from transformers import (
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from hub_fixtures import hub_server  # noqa: F401
 from samples import ROOT, SMALL_VIT, draw_image
 from space_fixtures import app, cifar_folder, model_folder, space_url  # noqa: F401
 

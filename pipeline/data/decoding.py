@@ -20,14 +20,17 @@ import torch
 from datasets import Array3D, Dataset, Features
 from PIL import Image, ImageOps
 
+from pipeline.data.transforms import fit_image
 from pipeline.errors import UserError
+from pipeline.runs import print_once
 
 VERSION = 2  # part of the cache's key: raise it when the decoded pixels change
 HASH_BATCH = 1000  # images
+READ_BATCH = 100  # image files
 
 
 def open_image(source: bytes | str | Path, name: str) -> Image.Image:
-    """Open an image, upright and in RGB.
+    """Open an image, upright and in RGB. 16-bit gray is scaled; 32-bit gray is refused.
 
     Args:
         source: The file's content, or its path (also one that fsspec knows, as `hf://...`).
@@ -40,9 +43,15 @@ def open_image(source: bytes | str | Path, name: str) -> Image.Image:
         if isinstance(source, bytes):
             source = io.BytesIO(source)
         elif "://" in str(source):
-            with fsspec.open(str(source), "rb") as file:
-                source = io.BytesIO(file.read())
-        return ImageOps.exif_transpose(Image.open(source)).convert("RGB")
+            source = io.BytesIO(read_file(source))
+        file = Image.open(source)
+        image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PPM"):
+            # By the type's range, as Pillow does for 16-bit colors; gray it would clip.
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ValueError("32-bit gray values have no fixed range: convert it to 8 or 16 bits")
+        return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
         raise UserError(f"{name} cannot be decoded ({error}); remove or replace it.") from None
 
@@ -54,8 +63,35 @@ def open_cell(cell: dict | None, name: str) -> Image.Image:
     return open_image(cell["path"] if cell["bytes"] is None else cell["bytes"], name + path)
 
 
+def read_file(path: str) -> bytes:
+    """Read a file at a local path or one that fsspec knows."""
+    with fsspec.open(path, "rb") as file:
+        return file.read()
+
+
+def hash_file(content: bytes) -> int:
+    """Return a 64-bit hash of a file's content."""
+    # Not a CRC: those inside a PNG cancel its pixels out.
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+
+
+def hash_files(dataset: Dataset) -> np.ndarray:
+    """Return `hash_file` of each image, uint64 (N,); read once, and kept in the cache."""
+    files = dataset.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
+    hashes = files.map(
+        _hash_batch, batched=True, batch_size=READ_BATCH, remove_columns=["image"],
+        features=Features({"hash": datasets.Value("uint64")}), desc="Hashing image files",
+    )  # fmt: skip
+    return hashes.with_format("arrow")["hash"][:].to_numpy()  # "numpy" would make them signed
+
+
 def decode(
-    dataset: Dataset, image_size: int, resample: int, num_proc: int | None = None
+    dataset: Dataset,
+    image_size: int,
+    resample: int,
+    num_proc: int | None = None,
+    skip_corrupt: bool = False,
+    crop: bool = False,
 ) -> Dataset:
     """Decode each image once to uint8 (3, H, W), in the cache.
 
@@ -65,17 +101,29 @@ def decode(
             share one of at most `image_size`; otherwise they are resized to a square of it.
         resample: Pillow's filter for that.
         num_proc: Processes; by default one for 10,000 images, and at most one per core.
+        skip_corrupt: Leave out images that can't be decoded, and print which.
+        crop: Crop the center of the resized image, see `transforms.resize`.
 
     Raises:
         UserError: An image can't be decoded, or the disk is too small.
     """
     dataset = dataset.cast_column("image", datasets.Image(decode=False))
-    first = dataset[0]
-    width, height = open_cell(first["image"], _name(dataset.split, first["row"])).size
+    width, height = _first_size(dataset, skip_corrupt)
+    decode_to = partial(_decode_to, dataset, resample, crop, num_proc, skip_corrupt)
+    decoded = None
     if max(width, height) <= image_size:
         with suppress(_MixedSizes):
-            return _decode_to((height, width), dataset, resample, num_proc, exact=True)
-    return _decode_to((image_size, image_size), dataset, resample, num_proc, exact=False)
+            decoded = decode_to((height, width), exact=True)
+    if decoded is None:
+        decoded = decode_to((image_size, image_size), exact=False)
+    if len(decoded) < len(dataset):
+        corrupt = np.flatnonzero(~np.isin(_rows(dataset), _rows(decoded)))
+        names = [f"{row['row']} ({row['image']['path']})" for row in dataset.select(corrupt)]
+        print_once(
+            f'Left out {len(corrupt)} corrupt images of the split "{dataset.split or "train"}", '
+            f"in the rows {', '.join(names)}."
+        )
+    return decoded.remove_columns("row")
 
 
 class DecodedImages(torch.utils.data.Dataset):
@@ -135,17 +183,25 @@ class _MixedSizes(Exception):
     pass
 
 
+def _first_size(dataset: Dataset, skip_corrupt: bool) -> tuple[int, int]:
+    """Width and height of the first image that can be decoded."""
+    for row in dataset:
+        with suppress(*[UserError] if skip_corrupt else []):
+            return open_cell(row["image"], _name(dataset.split, row["row"])).size
+    raise UserError(f'No image of the split "{dataset.split or "train"}" can be decoded.')
+
+
 def _decode_to(
-    shape: tuple[int, int],
     dataset: Dataset,
     resample: int,
+    crop: bool,
     num_proc: int | None,
+    skip_corrupt: bool,
+    shape: tuple[int, int],
     exact: bool,
 ) -> Dataset:
     """Images of another shape raise _MixedSizes if `exact`; otherwise they are resized."""
-    features = Features(
-        {"image": Array3D((3, *shape), "uint8"), "label": dataset.features["label"]}
-    )
+    features = Features(dataset.features | {"image": Array3D((3, *shape), "uint8")})
     cache = os.path.dirname(dataset.cache_files[0]["filename"]) if dataset.cache_files else None
     size = int(1.2 * len(dataset) * 3 * shape[0] * shape[1])  # bytes, with Arrow's offsets
     if num_proc is None:
@@ -153,31 +209,49 @@ def _decode_to(
         num_proc = min(os.cpu_count() or 1, 1 + len(dataset) // 10_000)
     return dataset.map(
         partial(
-            _decode_batch, split=dataset.split, shape=shape, resample=resample, exact=exact,
-            room=cache and (cache, size), version=VERSION,
+            _decode_batch, split=dataset.split, shape=shape, fit=(resample, crop), exact=exact,
+            skip_corrupt=skip_corrupt, room=cache and (cache, size), version=VERSION,
         ),
         batched=True,
         with_indices=True,
-        remove_columns=["row"],
         features=features,
         num_proc=num_proc if num_proc > 1 else None,
         desc="Decoding images",
     )  # fmt: skip
 
 
-def _decode_batch(batch: dict, indices: list[int], split, shape, resample, exact, room, version):
+def _decode_batch(
+    batch: dict, indices: list[int], split, shape, fit, exact, skip_corrupt, room, version
+) -> dict:
     if room and indices[0] == 0:  # here, so that nothing is asked where the cache has it already
         _check_room(*room)
     height, width = shape
-    images = np.empty((len(indices), 3, height, width), np.uint8)
+    images, decoded = np.empty((len(indices), 3, height, width), np.uint8), []
     for i, (cell, row) in enumerate(zip(batch["image"], batch["row"], strict=True)):
-        image = open_cell(cell, _name(split, row))
+        try:
+            image = open_cell(cell, _name(split, row))
+        except UserError:
+            if skip_corrupt:
+                continue
+            raise
         if image.size != (width, height):
             if exact:
                 raise _MixedSizes
-            image = image.resize((width, height), resample)
-        images[i] = np.asarray(image).transpose(2, 0, 1)  # (H, W, 3) to (3, H, W)
-    return {"image": images, "label": batch["label"]}
+            image = fit_image(image, width, *fit)
+        images[len(decoded)] = np.asarray(image).transpose(2, 0, 1)  # (H, W, 3) to (3, H, W)
+        decoded.append(i)
+    columns = {name: [batch[name][i] for i in decoded] for name in ("label", "row")}
+    return {"image": images[: len(decoded)], **columns}
+
+
+def _hash_batch(batch: dict) -> dict:
+    cells = [cell or {"bytes": b""} for cell in batch["image"]]
+    files = [read_file(c["path"]) if c["bytes"] is None else c["bytes"] for c in cells]
+    return {"hash": np.array([hash_file(file) for file in files], np.uint64)}
+
+
+def _rows(dataset: Dataset) -> np.ndarray:
+    return dataset.with_format("numpy")["row"][:]
 
 
 def _name(split: str | None, row: int) -> str:

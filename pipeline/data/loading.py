@@ -1,24 +1,28 @@
-"""Load a dataset of labeled images, check it, and split it into train, validation and test."""
+"""Load a dataset of labeled images, check it, and give its splits: train, validation and test."""
 
-import os
+import hashlib
 
-import datasets
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset
-from PIL import Image
+from datasets import ClassLabel, Dataset, DatasetDict
 
-from pipeline.data import streaming
-from pipeline.data.decoding import decode
+from pipeline.data import labels, streaming
+from pipeline.data.decoding import decode, hash_files
+from pipeline.data.sources import Source, load_source
+from pipeline.data.splits import TEST_SIZE, complete, warn_of_duplicates
 from pipeline.errors import UserError
 from pipeline.recipe import DataArguments
-from pipeline.runs import hub_commit, is_local
+from pipeline.runs import print_once
 
-SPLIT_SEED = 0  # the same validation images for every training seed, so that runs compare
-TEST_SIZE = 0.2  # share of train that is the test split of a dataset without one
+ROLES = ("train", "validation", "test")
 
 
 def load_splits(
-    data: DataArguments, image_size: int, resample: int, *splits: str
+    data: DataArguments,
+    image_size: int,
+    resample: int,
+    *splits: str,
+    names: list[str] | None = None,
+    crop: bool = False,
 ) -> dict[str, Dataset]:
     """Load splits, decoded: columns `image` uint8 (3, H, W) and `label`.
 
@@ -27,25 +31,52 @@ def load_splits(
         image_size: Side of the model's input, in pixels: see `decoding.decode`.
         resample: Pillow's filter for images that are resized.
         splits: "train", "validation" or "test". A streamed dataset has no decoded train split.
+        names: The classes in a model's order; by default those of the train split.
+        crop: Crop the center of images that are resized.
+
+    Returns:
+        The splits by name. Of a dataset that has a test split only, validation is left out.
 
     Raises:
         UserError: The dataset can't be loaded, has no image or label column, or holds images or
             labels that can't be used.
     """
+    source = load_source(data, names)
+    parts = [
+        f"{role} is {'split off train' if role not in source.roles else repr(source.roles[role])}"
+        for role in ROLES
+    ]
+    print_once(f'Splits of "{data.dataset}": {", ".join(parts)}.')
+    if "train" not in source.splits:
+        splits = [split for split in splits if split != "validation"]
     if data.streaming:
-        raw = {split: _load_eval_split(data, split) for split in splits}
+        raw = {split: _load_eval_split(source, data, split) for split in splits}
     else:
-        raw = load_raw(data)
-    return {split: decode(raw[split], image_size, resample, data.num_proc) for split in splits}
+        raw = _convert(source, data)
+        if "train" in splits:
+            warn_of_duplicates(raw)
+    for split in splits:
+        _check_labels(raw.get(split), split, data.dataset)
+    return {
+        split: decode(raw[split], image_size, resample, data.num_proc, data.skip_corrupt, crop)
+        for split in splits
+    }
 
 
-def load_split(data: DataArguments, split: str, image_size: int, resample: int) -> Dataset:
+def load_split(
+    data: DataArguments,
+    split: str,
+    image_size: int,
+    resample: int,
+    names: list[str] | None = None,
+    crop: bool = False,
+) -> Dataset:
     """Load one split: see `load_splits`."""
-    return load_splits(data, image_size, resample, split)[split]
+    return load_splits(data, image_size, resample, split, names=names, crop=crop)[split]
 
 
 def load_raw(data: DataArguments) -> DatasetDict:
-    """Load train, validation and test, checked but undecoded.
+    """Load train, validation and test, undecoded.
 
     Returns:
         The splits with the columns `image`, `label` and `row`, the row in the published split.
@@ -53,43 +84,20 @@ def load_raw(data: DataArguments) -> DatasetDict:
     Raises:
         UserError: See `load_splits`.
     """
-    published = _load_published(data)
-    splits = {"train": published[data.train_split]}
-    if data.test_split in published:
-        splits["test"] = published[data.test_split]
-    for name, split in splits.items():
-        image, label = _find_columns(split, data)
-        split = split.select_columns([image, label])
-        new_names = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
-        split = split.rename_columns(new_names)
-        _check_labels(split, name)
-        splits[name] = split.add_column("row", np.arange(len(split)))
-    if "test" not in splits:
-        splits |= split_off(splits["train"], "test", TEST_SIZE)
-    return DatasetDict(splits | split_off(splits["train"], "validation", data.validation_size))
+    return _convert(load_source(data), data)
 
 
-def split_off(dataset: Dataset, name: str, size: float) -> dict[str, Dataset]:
-    """Split a share of each class off a train split; always the same rows.
+def fingerprint(data: DataArguments) -> str:
+    """Return a SHA-256 of the classes and of each split's image files and labels, in order.
 
-    Args:
-        dataset: Columns `image` and `label`.
-        name: The new split, "validation" or "test".
-        size: Its share of the images.
-
-    Returns:
-        The new split under its name, and what is left as "train".
-
-    Raises:
-        UserError: A class has too few images.
+    Every file is read the first time; after that the cache knows. Of a stream, whose images keep
+    their split whatever else is added, it covers the classes only.
     """
-    try:
-        parts = dataset.train_test_split(size, stratify_by_column="label", seed=SPLIT_SEED)
-    except ValueError as error:
-        raise UserError(
-            f"Cannot split {size:.0%} of the train split off for {name}: {error}"
-        ) from None
-    return {"train": parts["train"], name: parts["test"]}
+    source = load_source(data)
+    digest = hashlib.sha256(repr(source.names).encode())
+    for name, split in {} if data.streaming else sorted(_convert(source, data).items()):
+        digest.update(name.encode() + hash_files(split).tobytes() + _labels(split).tobytes())
+    return digest.hexdigest()
 
 
 def load_stream(data: DataArguments, split: str) -> streaming.LabeledStream:
@@ -98,66 +106,29 @@ def load_stream(data: DataArguments, split: str) -> streaming.LabeledStream:
     Raises:
         UserError: See `load_splits`.
     """
-    published = _load_published(data)
-    has_test = data.test_split in published
-    name = data.test_split if has_test and split == "test" else data.train_split
-    if published[name].features is None:
-        raise UserError(f'The dataset "{data.dataset}" does not say what its columns hold.')
-    image, label = _find_columns(published[name], data)
-    part = None if has_test and split == "test" else split
-    test_size = 0.0 if has_test else TEST_SIZE
+    if data.max_train_samples is not None and split == "train":
+        raise UserError("A stream has no fixed number of images: leave out max_train_samples.")
+    return _open_stream(load_source(data), data, split)
+
+
+def _open_stream(source: Source, data: DataArguments, split: str) -> streaming.LabeledStream:
+    is_published = split in source.splits
+    if not is_published and "train" not in source.splits:
+        raise UserError(f'The dataset "{data.dataset}" has no split to {split} on.')
+    sizes = {"validation": data.validation_size, "test": TEST_SIZE}
+    sizes = {role: 0.0 if role in source.splits else size for role, size in sizes.items()}
+    part = split if any(sizes.values()) and (split == "train" or not is_published) else None
+    name = split if is_published else "train"
+    if source.label not in source.splits[name].features:
+        raise UserError(f'The split "{source.roles[name]}" has no labels: name another one.')
     return streaming.LabeledStream(
-        published[name], image, label, part, data.validation_size, test_size
-    )
+        source.splits[name], source.roles[name], source.image, source.label, source.names, part,
+        sizes["validation"], sizes["test"], data.skip_corrupt,
+    )  # fmt: skip
 
 
-def digits() -> Dataset:
-    """Return scikit-learn's 1,797 handwritten digits, 8x8 in 17 grays, as 32x32 RGB images."""
-    from sklearn.datasets import load_digits  # takes a second: only the demo needs it
-
-    source = load_digits()
-    pixels = np.rint(source.images * (255 / 16)).astype(np.uint8)
-    images = [Image.fromarray(p).resize((32, 32), Image.BICUBIC).convert("RGB") for p in pixels]
-    names = ClassLabel(names=[str(name) for name in source.target_names])
-    features = Features({"image": datasets.Image(), "label": names})
-    return Dataset.from_dict({"image": images, "label": source.target.tolist()}, features=features)
-
-
-def _load_published(data: DataArguments) -> dict[str, Dataset] | dict[str, IterableDataset]:
-    """All splits as published; UserError for a split that the recipe names and it has not."""
-    if data.dataset == "digits":
-        source = digits()
-        splits = {"train": source.to_iterable_dataset(num_shards=8) if data.streaming else source}
-    else:
-        splits = _load_from_folder_or_hub(data)
-    named = [data.train_split]
-    if data.test_split != DataArguments.test_split:
-        named.append(data.test_split)
-    if missing := [name for name in named if name not in splits]:
-        raise UserError(
-            f'The dataset "{data.dataset}" has no split "{missing[0]}"; it has '
-            f"{', '.join(splits)}. Name one with --train_split or --test_split."
-        )
-    return splits
-
-
-def _load_from_folder_or_hub(data: DataArguments):
-    name = data.dataset
-    if is_local(name):
-        name = os.path.expanduser(name)
-    else:
-        hub_commit("dataset", name, data.dataset_revision)
-    try:
-        return datasets.load_dataset(
-            name, data.dataset_config, revision=data.dataset_revision, streaming=data.streaming
-        )
-    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise UserError(f'Cannot load the dataset "{data.dataset}": {reason}') from None
-
-
-def _load_eval_split(data: DataArguments, split: str) -> Dataset:
-    stream = load_stream(data, split)
+def _load_eval_split(source: Source, data: DataArguments, split: str) -> Dataset:
+    stream = _open_stream(source, data, split)
     images = stream.sample(streaming.VALIDATION_IMAGES) if split == "validation" else stream.store()
     if len(images) == 0:
         raise UserError(
@@ -167,49 +138,53 @@ def _load_eval_split(data: DataArguments, split: str) -> Dataset:
     return images
 
 
-def _find_columns(dataset: Dataset | IterableDataset, data: DataArguments) -> tuple[str, str]:
-    """The image and the label column."""
-    return (
-        _find_column(dataset, datasets.Image, data.image_column, "image", data.dataset),
-        _find_column(dataset, ClassLabel, data.label_column, "label", data.dataset),
-    )
+def _convert(source: Source, data: DataArguments) -> DatasetDict:
+    """The splits with the columns `image`, `label` and `row`, and with what is split off train."""
+    splits = {}
+    for role, split in source.splits.items():
+        if source.image not in split.column_names:
+            raise UserError(
+                f'The split "{source.roles[role]}" of "{data.dataset}" has no column '
+                f'"{source.image}"; it has {", ".join(split.column_names)}.'
+            )
+        codes = np.full(len(split), labels.MISSING)
+        if source.label in split.column_names:
+            values = split.with_format("arrow")[source.label][:]
+            kind = split.features[source.label]
+            codes = labels.encode(values, kind, source.names, source.roles[role])
+        split = split.select_columns([source.image])
+        if source.image != "image":
+            split = split.rename_column(source.image, "image")
+        split = split.add_column("label", codes, feature=ClassLabel(names=source.names))
+        splits[role] = split.add_column("row", np.arange(len(split)))
+    if "train" in splits:
+        _check_labels(splits["train"], "train", data.dataset)
+    return complete(splits, data)
 
 
-def _find_column(dataset, feature: type, name: str | None, role: str, source: str) -> str:
-    """The column of that type, `name` if given; UserError unless there is exactly one."""
-    candidates = [c for c, kind in dataset.features.items() if isinstance(kind, feature)]
-    columns = ", ".join(f"{c} ({type(kind).__name__})" for c, kind in dataset.features.items())
-    if name is not None and name not in candidates:
-        raise UserError(
-            f'"{name}" is not a column of type {feature.__name__} in "{source}"; it has {columns}.'
-        )
-    if not candidates:
-        raise UserError(
-            f'The dataset "{source}" has no {role} column (of type {feature.__name__}); it has '
-            f"{columns}."
-        )
-    if name is None and len(candidates) > 1:
-        raise UserError(
-            f'The dataset "{source}" has {len(candidates)} {role} columns, '
-            f"{', '.join(candidates)}: choose one with --{role}_column."
-        )
-    return name or candidates[0]
-
-
-def _check_labels(dataset: Dataset, split: str) -> None:
+def _check_labels(dataset: Dataset | None, split: str, source: str) -> None:
+    if dataset is None:
+        raise UserError(f'The dataset "{source}" has no split to {split} on.')
     if len(dataset) == 0:
         raise UserError(f'The split "{split}" is empty.')
-    labels = dataset.with_format("arrow")["label"][:].to_pandas().to_numpy(dtype=float)
-    names = dataset.features["label"].names
-    wrong = np.flatnonzero(np.isnan(labels) | (labels < 0) | (labels >= len(names)))
-    if len(wrong):
-        value = "missing" if np.isnan(labels[wrong[0]]) else int(labels[wrong[0]])
+    codes, names = _labels(dataset), dataset.features["label"].names
+    missing = np.flatnonzero(codes == labels.MISSING)
+    if len(missing) == len(codes):
         raise UserError(
-            f'In the split "{split}", {len(wrong)} labels are missing or outside 0 to '
-            f"{len(names) - 1}; the first is in row {wrong[0]} ({value})."
+            f'The split "{split}" of "{source}" has no labels, so it is no use here: name another '
+            f"split with --{split}_split."
         )
-    if len(np.unique(labels)) == 1:
+    if len(missing):
         raise UserError(
-            f'All images in the split "{split}" are of one class, "{names[int(labels[0])]}": '
+            f'In the split "{split}", {len(missing)} labels are missing or outside 0 to '
+            f"{len(names) - 1}; the first is in row {dataset[int(missing[0])]['row']}."
+        )
+    if split == "train" and len(np.unique(codes)) == 1:
+        raise UserError(
+            f'All images in the split "{split}" are of one class, "{names[codes[0]]}": '
             "there is nothing to tell apart."
         )
+
+
+def _labels(dataset: Dataset) -> np.ndarray:
+    return np.asarray(dataset.with_format("numpy")["label"][:])

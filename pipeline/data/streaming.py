@@ -6,7 +6,6 @@ for every process, seed and order, with no list to keep; equal files are never i
 """
 
 import atexit
-import hashlib
 import json
 import math
 import os
@@ -19,16 +18,17 @@ from itertools import count, islice, repeat
 from pathlib import Path
 
 import datasets
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset, Features, IterableDataset
+from datasets import ClassLabel, Dataset, Features, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from PIL import Image
 
-from pipeline.data.decoding import open_cell
+from pipeline.data.decoding import hash_file, open_cell, read_file
+from pipeline.data.labels import MISSING, encode
+from pipeline.data.transforms import fit_image
 from pipeline.errors import UserError
 
 NUM_OPEN_SHARDS = 16  # shards that one process reads in turns
@@ -42,9 +42,7 @@ SMALL_FILE = 16_384  # bytes; below, one thread decodes faster than several that
 
 def assign_split(file: bytes, validation_size: float, test_size: float) -> str:
     """Return "train", "validation" or "test" for an image file, by a hash of its bytes."""
-    # Not a CRC: those inside a PNG cancel its pixels out.
-    digest = hashlib.blake2b(file, digest_size=8).digest()
-    position = int.from_bytes(digest, "big") / 2**64
+    position = hash_file(file) / 2**64
     if position < validation_size:
         return "validation"
     return "test" if position >= 1 - test_size else "train"
@@ -55,28 +53,36 @@ class LabeledStream:
 
     Args:
         stream: A published split.
+        name: Its name.
         image: Its image column.
         label: Its label column.
+        names: The classes.
         split: Which part of it, by `assign_split`; None for all.
         validation_size: See `assign_split`.
         test_size: See `assign_split`.
+        skip_corrupt: Leave out images that can't be decoded, and print which.
     """
 
     def __init__(
         self,
         stream: IterableDataset,
+        name: str,
         image: str,
         label: str,
+        names: list[str],
         split: str | None,
         validation_size: float,
         test_size: float,
+        skip_corrupt: bool = False,
     ):
-        self.name, self.split = str(stream.split), split
-        self.sizes = (validation_size, test_size)
-        self.names = stream.features[label].names
+        self.name, self.names, self.split = name, names, split
+        self.sizes, self.skip_corrupt = (validation_size, test_size), skip_corrupt
+        self.label_type = stream.features[label]
         stream = stream.cast_column(image, datasets.Image(decode=False))
         stream = stream.reshard() if stream.num_shards < RESHARD_BELOW else stream
-        self.features = Features({"image": stream.features[image], "label": stream.features[label]})
+        self.features = Features(
+            {"image": stream.features[image], "label": ClassLabel(names=names)}
+        )
         self.rows = stream.with_format("arrow").map(
             self._select, batched=True, batch_size=READ_BATCH, features=self.features,
             fn_kwargs={"image": image, "label": label},
@@ -112,12 +118,11 @@ class LabeledStream:
 
     def _select(self, table: pa.Table, image: str, label: str) -> pa.Table:
         """Keep the images of this split, with their content; UserError for an unusable row."""
-        table = pa.table({"image": table[image], "label": table[label]})
-        labels = table["label"].to_numpy()
-        unusable = ~((labels >= 0) & (labels < len(self.names)))  # also where it is missing: NaN
-        files = pc.struct_field(table["image"], "bytes")
+        labels = encode(table[label], self.label_type, self.names, self.name)
+        images, unusable = table[image], labels == MISSING
+        files = pc.struct_field(images, "bytes")
         if files.null_count:
-            paths = pc.struct_field(table["image"], "path").to_pylist()
+            paths = pc.struct_field(images, "path").to_pylist()
             files = [
                 _read(path) if file is None else file
                 for file, path in zip(files.to_pylist(), paths, strict=True)
@@ -125,18 +130,18 @@ class LabeledStream:
             cells = [{"bytes": file, "path": path} for file, path in zip(files, paths, strict=True)]
             unusable |= np.array([file is None for file in files])
             images = pa.array(cells, datasets.Image.pa_type)
-            table = pa.table({"image": images, "label": table["label"]})
         if unusable.any():
-            row = table.slice(int(unusable.argmax()), 1).to_pylist()[0]
+            row = int(unusable.argmax())
+            path, value = pc.struct_field(images, "path")[row], table[label][row]
             raise UserError(
-                f'In the split "{self.name}", the image {row["image"] and row["image"]["path"]} '
-                f"lacks its content or a label from 0 to {len(self.names) - 1}: its label is "
-                f"{row['label']}."
+                f'In the split "{self.name}", the image {path} lacks its content or a label from 0 '
+                f"to {len(self.names) - 1}: its label is {value}."
             )
+        selected = pa.table({"image": images, "label": labels})
         if self.split is None:
-            return table
+            return selected
         files = files if isinstance(files, list) else files.to_pylist()
-        return table.filter([assign_split(file, *self.sizes) == self.split for file in files])
+        return selected.filter([assign_split(file, *self.sizes) == self.split for file in files])
 
 
 class ImageStream(torch.utils.data.IterableDataset):
@@ -154,6 +159,7 @@ class ImageStream(torch.utils.data.IterableDataset):
         rank: This process, from 0.
         world_size: Processes that share the images.
         num_threads: Threads that decode; by default one per core.
+        crop: Crop the center of images that are resized.
     """
 
     def __init__(
@@ -166,9 +172,11 @@ class ImageStream(torch.utils.data.IterableDataset):
         rank: int = 0,
         world_size: int = 1,
         num_threads: int | None = None,
+        crop: bool = False,
     ):
-        self.name, self.batch_size = rows.name, batch_size
-        self.image_size, self.resample = image_size, resample
+        self.name, self.batch_size, self.skip_corrupt = rows.name, batch_size, rows.skip_corrupt
+        self.corrupt: set[int] = set()  # hashes of the files left out
+        self.image_size, self.fit = image_size, (image_size, resample, crop)
         self.num_threads = num_threads or os.cpu_count() or 1
         self.rank, self.world_size = rank, world_size
         stream = rows.rows.shuffle(seed, buffer_size=SHUFFLE_BUFFER,
@@ -217,10 +225,13 @@ class ImageStream(torch.utils.data.IterableDataset):
                 self.stream.set_epoch(epoch)
                 is_empty = not resumed  # the rest of an epoch may be
                 for table in self.stream.iter(self.batch_size):
+                    batch = self._decode(table, pool)
+                    if batch is None:  # all of it is corrupt
+                        continue
                     is_empty = False
                     batches += 1
                     state = {"batches": batches, "epoch": epoch}
-                    yield self._decode(table, pool), state | {"stream": self.stream.state_dict()}
+                    yield batch, state | {"stream": self.stream.state_dict()}
                 if is_empty:
                     raise UserError(
                         f'The split "{self.name}" has no training image for each of '
@@ -228,27 +239,42 @@ class ImageStream(torch.utils.data.IterableDataset):
                     )
                 resumed = False
 
-    def _decode(self, table: pa.Table, pool: ThreadPoolExecutor) -> dict[str, torch.Tensor]:
-        square = (self.image_size, self.image_size)
-
-        def read(cells: list[dict]) -> list[Image.Image]:
-            images = [open_cell(cell, f'An image of the split "{self.name}"') for cell in cells]
-            return [i if max(i.size) <= self.image_size else i.resize(square, resample)
-                    for i in images]  # fmt: skip
-
-        resample, cells = self.resample, table["image"].to_pylist()
+    def _decode(self, table: pa.Table, pool: ThreadPoolExecutor) -> dict[str, torch.Tensor] | None:
+        square, cells = (self.image_size, self.image_size), table["image"].to_pylist()
         if table.nbytes < SMALL_FILE * len(cells):
-            images = read(cells)
+            images = self._open(cells)
         else:
             step = -(-len(cells) // self.num_threads)
             parts = [cells[start : start + step] for start in range(0, len(cells), step)]
-            images = [image for part in pool.map(read, parts) for image in part]
+            images = [image for part in pool.map(self._open, parts) for image in part]
+        labels = table["label"].to_numpy().astype(np.int64)
+        if None in images:
+            labels = labels[[image is not None for image in images]]
+            images = [image for image in images if image is not None]
+            if not images:
+                return None
         if len({image.size for image in images}) > 1:
-            images = [i if i.size == square else i.resize(square, resample) for i in images]
+            images = [i if i.size == square else fit_image(i, *self.fit) for i in images]
         pixels = np.stack([np.asarray(image) for image in images])  # (B, H, W, 3)
-        labels = torch.from_numpy(table["label"].to_numpy().astype(np.int64))
         return {"pixel_values": torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()),
-                "labels": labels}  # fmt: skip
+                "labels": torch.from_numpy(labels)}  # fmt: skip
+
+    def _open(self, cells: list[dict]) -> list[Image.Image | None]:
+        """Images, no larger than the model's input; None for a corrupt one that may be skipped."""
+        images = []
+        for cell in cells:
+            try:
+                image = open_cell(cell, f'An image of the split "{self.name}"')
+                is_large = max(image.size) > self.image_size
+                images.append(fit_image(image, *self.fit) if is_large else image)
+            except UserError as error:
+                if not self.skip_corrupt:
+                    raise
+                images.append(None)
+                if (key := hash_file(cell["bytes"])) not in self.corrupt:  # not in each epoch
+                    self.corrupt.add(key)
+                    print(f"Left out corrupt image {len(self.corrupt)}: {error}")
+        return images
 
 
 def prefetch(items: Iterator, size: int) -> Iterator:
@@ -261,10 +287,10 @@ def prefetch(items: Iterator, size: int) -> Iterator:
 
 
 def _read(path: str | None) -> bytes | None:
-    if path is None:
+    try:
+        return path and read_file(path)
+    except FileNotFoundError:
         return None
-    with fsspec.open(path, "rb") as file:
-        return file.read()
 
 
 def _examples(rows: IterableDataset) -> Iterator[dict]:

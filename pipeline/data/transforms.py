@@ -9,15 +9,21 @@ gives the published model the pixels it was trained on.
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from PIL.Image import Resampling
 from torch import Tensor
 
+from pipeline.errors import UserError
+
 # Pillow's filters by their number in an image processor: (half width in pixels, function).
 FILTERS = {
+    Resampling.BOX: (0.5, lambda x: ((x > -0.5) & (x <= 0.5)).to(x.dtype)),
     Resampling.BILINEAR: (1.0, lambda x: (1 - x.abs()).clamp(min=0)),
     Resampling.BICUBIC: (2.0, lambda x: _cubic(x.abs())),
+    Resampling.HAMMING: (1.0, lambda x: torch.sinc(x) * (0.54 + 0.46 * (x * torch.pi).cos())),
     Resampling.LANCZOS: (3.0, lambda x: torch.sinc(x) * torch.sinc(x / 3) * (x.abs() < 3)),
 }
 PRECISION_BITS = 22  # Pillow's fixed-point weights for 8-bit images
@@ -29,19 +35,43 @@ def preprocess(images: Tensor, processor) -> Tensor:
 
     Args:
         images: uint8 (B, 3, H, W).
-        processor: An image processor with `size`, `resample`, `image_mean` and `image_std`.
+        processor: An image processor that `training.processor` reproduces.
 
     Returns:
         float32 (B, 3, S, S).
     """
-    size, statistics = processor.size["height"], (processor.image_mean, processor.image_std)
+    size, crop = input_size(processor), bool(processor.do_center_crop)
+    factor = processor.rescale_factor if processor.do_rescale else 1.0
+    mean, std = [0.0] * 3, [1.0] * 3
+    if processor.do_normalize:
+        mean, std = processor.image_mean, processor.image_std
+    is_bgr = getattr(processor, "do_flip_channel_order", False)  # MobileViT's
     pixels = torch.empty(len(images), 3, size, size, device=images.device)
     # On a CPU a few images at a time, which stay in its cache between the steps.
     step = CHUNK if images.device.type == "cpu" else max(len(images), 1)
     for part, target in zip(images.split(step), pixels.split(step), strict=True):
-        target.copy_(resize(part, size, processor.resample))
-        normalize_(target, processor.rescale_factor, *statistics)
+        resized = resize(part, size, processor.resample, crop)
+        target.copy_(resized.flip(1) if is_bgr else resized)
+        normalize_(target, factor, mean, std)
     return pixels
+
+
+def input_size(processor) -> int:
+    """Return the side, in pixels, of the squares that an image processor makes."""
+    return (processor.crop_size if processor.do_center_crop else processor.size)["height"]
+
+
+def fit_image(image: Image.Image, size: int, resample: int, crop: bool = False) -> Image.Image:
+    """Resize an image as `resize` does a batch; that leaves the result as it is."""
+    rows, columns, top, left = _placement(image.height, image.width, size, crop)
+    return image.resize((columns, rows), resample).crop((left, top, left + size, top + size))
+
+
+def visible_part(image: Image.Image, processor) -> Image.Image:
+    """Return what the model sees of an image: all of it, or if it is cropped, the center square."""
+    if not processor.do_center_crop:
+        return image
+    return ImageOps.fit(image, (min(image.size),) * 2, Resampling.NEAREST)
 
 
 def augment(
@@ -80,19 +110,25 @@ def random_crop(images: Tensor, padding: float, generator: torch.Generator) -> T
     return images[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def resize(images: Tensor, size: int, resample: int) -> Tensor:
-    """Resize to a square as Pillow does, bit for bit. uint8 (B, 3, H, W) to (B, 3, size, size)."""
+def resize(images: Tensor, size: int, resample: int, crop: bool = False) -> Tensor:
+    """Resize to a square as Pillow does, bit for bit. uint8 (B, 3, H, W) to (B, 3, size, size).
+
+    The whole image, or if `crop` its shortest edge, of which the center is cropped.
+    """
     # Separable: along the width first, rounded to 8 bits in between, as Pillow does.
     # float64 holds the products of 8-bit pixels and 22-bit weights exactly.
     dtype = torch.float32 if images.device.type == "mps" else torch.float64
     height, width = images.shape[-2:]
-    if width != size:
-        weights = resize_weights(width, size, resample, images.device, dtype)  # (S, W)
+    rows, columns, top, left = _placement(height, width, size, crop)
+    if width != columns:
+        weights = resize_weights(width, columns, resample, images.device, dtype)[left : left + size]
         images = _round_to_uint8(images.to(dtype) @ weights.T)  # (B, 3, H, S)
-    if height != size:
-        weights = resize_weights(height, size, resample, images.device, dtype)  # (S, H)
-        images = _round_to_uint8(weights @ images.to(dtype))  # (B, 3, S, S)
-    return images
+    else:
+        images = images[..., left : left + size]
+    if height != rows:
+        weights = resize_weights(height, rows, resample, images.device, dtype)[top : top + size]
+        return _round_to_uint8(weights @ images.to(dtype))  # (B, 3, S, S)
+    return images[..., top : top + size, :]
 
 
 @lru_cache(maxsize=16)  # copying to the device on every call would stall its queue
@@ -102,13 +138,17 @@ def resize_weights(
     """Return the weight of each source pixel in each target pixel: (new_size, size) on the device.
 
     Pillow's `precompute_coeffs`: the filter is widened when shrinking (antialiasing), cut
-    at the border, normalized, and rounded to `PRECISION_BITS`. ValueError for a filter
-    other than bilinear, bicubic or Lanczos.
+    at the border, normalized, and rounded to `PRECISION_BITS`. UserError for an unknown filter.
     """
-    if resample not in FILTERS:
-        raise ValueError(f"Resampling filter {resample} is not supported; 1, 2 and 3 are")
-    half_width, function = FILTERS[resample]
     scale = size / new_size
+    if resample == Resampling.NEAREST:
+        nearest = np.cumsum([scale / 2, *[scale] * (new_size - 1)]).astype(
+            int
+        )  # Pillow adds up too
+        return F.one_hot(torch.from_numpy(nearest), size).to(device, dtype)
+    if resample not in FILTERS:
+        raise UserError(f"The image processor's resample is {resample}; choose from 0 to 5.")
+    half_width, function = FILTERS[resample]
     stretch = max(scale, 1.0)
     center = (torch.arange(new_size, dtype=torch.float64)[:, None] + 0.5) * scale  # (S, 1)
     source = torch.arange(size, dtype=torch.float64)[None, :]  # (1, W)
@@ -172,6 +212,14 @@ def mix(
         images = images.lerp(images.flip(0), 1 - share)
     soft = F.one_hot(labels, num_classes).to(images.dtype)
     return images, soft.lerp(soft.flip(0), 1 - share)
+
+
+def _placement(height: int, width: int, size: int, crop: bool) -> tuple[int, int, int, int]:
+    """Rows and columns of the resized image, and where the square begins in it: top and left."""
+    if not crop:
+        return size, size, 0, 0
+    rows, columns = (int(size * side / min(height, width)) for side in (height, width))
+    return rows, columns, (rows - size) // 2, (columns - size) // 2
 
 
 def _beta(alpha: float, uniform) -> float:

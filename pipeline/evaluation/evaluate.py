@@ -5,6 +5,7 @@ of them later (card, push, Space) can refuse another model's.
 """
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,8 +17,8 @@ from transformers import PreTrainedModel
 
 from pipeline import runs
 from pipeline.data.decoding import DecodedImages, content_hash
-from pipeline.data.loading import load_splits
-from pipeline.data.transforms import preprocess
+from pipeline.data.loading import load_source, load_splits
+from pipeline.data.transforms import input_size, preprocess
 from pipeline.errors import UserError
 from pipeline.evaluation import ood
 from pipeline.evaluation.metrics import ImageClassification
@@ -53,10 +54,11 @@ def evaluate(
         bf16 = False
         print("This processor emulates bfloat16: evaluating in float32.")
     settings = load_settings(name)
+    data = replace(data, dataset_revision=_dataset_revision(data))  # what is recorded is loaded
     model, processor = load_model(name)
-    size = processor.size["height"]
-    splits = load_splits(data, size, processor.resample, split, "validation")
-    dataset = splits[split]
+    size, crop = input_size(processor), bool(processor.do_center_crop)
+    splits = load_splits(data, size, processor.resample, split, "validation", crop=crop)
+    dataset, roles = splits[split], load_source(data).roles
     labels = dataset.features["label"].names
     model_labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
     if model_labels != labels:
@@ -82,8 +84,11 @@ def evaluate(
         "dataset": {
             "name": data.dataset,
             "config": data.dataset_config or dataset.info.config_name,
-            "revision": _dataset_revision(data),
+            "revision": data.dataset_revision,
+            "local": data.dataset != "digits" and runs.is_local(data.dataset),
             "split": split,
+            "published_split": roles.get(split, roles.get("train")),
+            "is_part": split not in roles,  # split off train
             "images": len(dataset),
             "sha256": content_hash(dataset),
         },
@@ -153,7 +158,9 @@ def measure_ood(
         return predict(model, processor, dataset, batch_size, bf16)[0]
 
     validation_logits = predict_logits(validation)
-    others = ood.ood_datasets(processor.size["height"], processor.resample)
+    others = ood.ood_datasets(
+        input_size(processor), processor.resample, bool(processor.do_center_crop)
+    )
     if data.dataset == "digits":
         del others["handwritten digits"]
     threshold = ood.fit_threshold(validation_logits)
@@ -218,7 +225,8 @@ def as_text(results: dict) -> str:
 def _dataset_revision(data: DataArguments) -> str | None:
     if data.dataset == "digits" or runs.is_local(data.dataset):
         return None
-    return runs.hub_commit("dataset", data.dataset, data.dataset_revision)
+    commit = runs.hub_commit("dataset", data.dataset, data.dataset_revision)
+    return commit or data.dataset_revision or "main"  # offline: only the Hub has revisions
 
 
 def _list_classes(labels: list[str]) -> str:

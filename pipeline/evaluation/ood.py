@@ -13,7 +13,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from pipeline.data.decoding import decode
-from pipeline.data.loading import digits
+from pipeline.data.sources import digits
 
 TARGET_TPR = 0.95
 TILE = 64  # pixels, side of a tile of a photograph
@@ -35,11 +35,13 @@ def pass_rate(logits: Tensor, threshold: float) -> float:
     return (energy_score(logits) >= threshold).double().mean().item()
 
 
-def ood_datasets(image_size: int, resample: int) -> dict[str, datasets.Dataset]:
+def ood_datasets(image_size: int, resample: int, crop: bool = False) -> dict[str, datasets.Dataset]:
     """Return decoded images of other things, by name; see `decoding.decode` for the arguments."""
     sources = {"handwritten digits": digits().select(range(DIGITS)), "photographs": _tiles()}
     return {
-        name: decode(source.add_column("row", np.arange(len(source))), image_size, resample)
+        name: decode(
+            source.add_column("row", np.arange(len(source))), image_size, resample, crop=crop
+        )
         for name, source in sources.items()
     }
 

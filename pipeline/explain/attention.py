@@ -25,6 +25,10 @@ METHODS = ("mean", "head", "rollout", "relevance")
 COLORMAP = ListedColormap(colormaps["magma_r"](np.linspace(0, 0.88, 256)), "attention")
 VEIL = 0.35  # share of white mixed into the image, so that dark colors show on dark images
 MAX_SIDE = 1024  # pixels of the longer side of an overlay
+_NO_MAPS = (
+    "{} has no global attention with a [CLS] token that it classifies by, so there is no map to "
+    "draw. ViT, DeiT and DINOv2 have it."
+)
 
 
 @dataclass
@@ -64,7 +68,8 @@ def compute_maps(
     """Compute all maps of a batch in one forward pass, and one backward pass for relevance.
 
     Args:
-        model: An image classifier of transformers with global attention, else ValueError.
+        model: An image classifier of transformers with global attention, else ValueError. That it
+            classifies by its [CLS] token is seen from gradients, so with relevance only.
         pixels: float (B, 3, S, S), on the model's device.
         classes: The classes (B,) that relevance is for, or one for all; default: the predicted.
         relevance: Whether to compute it.
@@ -80,6 +85,7 @@ def compute_maps(
         pixels = pixels.detach().requires_grad_(relevance)
         output = model(pixels, output_attentions=True)
         attentions = getattr(output, "attentions", None) or ()  # L of (B, H, T, T)
+        attentions = tuple(a for a in attentions if a is not None)  # Data2Vec has none to give
         grid = _grid(model, pixels, attentions)
         if classes is None:
             classes = output.logits.argmax(dim=1)
@@ -87,6 +93,9 @@ def compute_maps(
         if relevance:
             class_logits = output.logits.gather(1, classes[:, None]).sum()
             gradients = torch.autograd.grad(class_logits, attentions)
+            last = gradients[-1]
+            if last.any() and not last[..., 0, :].any():  # the mean of the patches counts
+                raise ValueError(_NO_MAPS.format(type(model).__name__))
     attentions = [a.detach() for a in attentions]
     return Maps(
         logits=output.logits.detach(),
@@ -173,10 +182,7 @@ def _grid(model, pixels: Tensor, attentions) -> tuple[int, int]:
         shapes = {tuple(a.shape) for a in attentions}
         if len(shapes) == 1 and attentions[0].shape[-1] > height * width:
             return height, width
-    raise ValueError(
-        f"{type(model).__name__} has no global attention with a [CLS] token, so there is no "
-        "map to draw. ViT, DeiT and DINOv2 have it."
-    )
+    raise ValueError(_NO_MAPS.format(type(model).__name__))
 
 
 def _class_row(attention: Tensor, grid: tuple[int, int]) -> Tensor:

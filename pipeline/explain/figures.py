@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline import plots
 from pipeline.data.decoding import DecodedImages, open_image
-from pipeline.data.transforms import preprocess
+from pipeline.data.transforms import preprocess, visible_part
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate import predict
 from pipeline.explain import attention
@@ -141,6 +141,7 @@ def draw(
             pixels = _pixels(images, processor).to(model.device)
             maps = attention.compute_maps(model, pixels, target_class)
             maps.select("head", layer, head)  # refuses a wrong layer or head
+            images = [visible_part(image, processor) for image in images]
         except ValueError as error:
             raise UserError(str(error)) from None
         for i, (example, image) in enumerate(zip(batch, images, strict=True)):

@@ -4,40 +4,47 @@ See https://huggingface.co/docs/hub/model-cards for the metadata.
 """
 
 import difflib
-import re
 from itertools import islice
 from pathlib import Path
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 TEMPLATE = Path(__file__).with_name("card.md")
-METRICS = {"accuracy": "Accuracy", "f1": "Macro-F1"}  # by their names on the Hub
+# By their names on the Hub: the name shown, the key of the results, and the metric's arguments.
+METRICS = {
+    "accuracy": ("Accuracy", "accuracy", None),
+    "f1": ("Macro-F1", "macro_f1", {"average": "macro"}),
+}
 SHOWN_LINES, SHOWN_WIDTH = 6, 100  # of the lines where two cards differ
 
 
-def render(
-    results: dict,
-    repo: str,
-    license: str | None,
-    files: list[str],
-    faithfulness: dict | None = None,
-) -> str:
+def render(results: dict, repo: str, publication: dict, faithfulness: dict | None = None) -> str:
     """Return the card's text.
 
     Args:
-        results: The content of `evaluation_results.json`.
+        results: The content of the published `evaluation_results.json`.
         repo: The repository, as `owner/name`.
-        license: An identifier of the Hub, as `apache-2.0`; None if unknown.
-        files: Paths of the published files: the card shows the figures among them.
+        publication: The content of `publication.json`: the `files` by path, the `license` with its
+            `license_name` and `license_link`, `code_url`, `space`, and the `examples`, which are
+            paths of images with their rows in the evaluated split.
         faithfulness: The content of `attention_faithfulness.json`.
     """
-    dataset, backbone = results["dataset"], (results["recipe"] or {}).get("model")
-    dataset_name, base_model = short_name(dataset["name"]), hub_id(backbone)
-    # Only a dataset of the Hub has a revision.
-    dataset_id = dataset["name"] if dataset["revision"] else None
+    dataset, recipe = results["dataset"], results["recipe"] or {}
+    name, backbone, is_hub = repo.split("/")[1], recipe.get("model"), recipe.get("model_revision")
+    dataset_id = dataset["name"] if dataset["revision"] else None  # only the Hub has revisions
+    base_model = backbone if is_hub else None
+    license = {k: v for k, v in publication.items() if k.startswith("license") and v}
+    widget = [
+        {
+            "src": f"https://huggingface.co/{repo}/resolve/main/{path}",
+            "example_title": f"Test image {row}",
+            "output": [{"label": results["labels"][results["predictions"][row]],
+                        "score": results["confidences"][row]}],
+        }
+        for path, row in publication["examples"].items()
+    ]  # fmt: skip
     metadata = ModelCardData(
-        license=license,
+        **license,
         library_name="transformers",
         pipeline_tag="image-classification",
         base_model=base_model,
@@ -45,58 +52,44 @@ def render(
         datasets=[dataset_id] if dataset_id else None,
         metrics=list(METRICS),
         tags=["vision", "image-classification"],
-        model_name=repo.split("/")[1],
+        widget=widget or None,
+        model_name=name,
         eval_results=[
             EvalResult(
                 task_type="image-classification",
-                dataset_type=dataset_id or dataset_name,
-                dataset_name=dataset_name,
+                dataset_type=dataset_id or short_name(dataset["name"]),
+                dataset_name=short_name(dataset["name"]),
                 dataset_config=dataset["config"],
-                dataset_split=dataset["split"],
+                dataset_split=dataset["published_split"],
                 dataset_revision=dataset["revision"],
                 metric_type=metric,
-                metric_name=METRICS[metric],
-                metric_value=value,
+                metric_name=metric_name,
+                metric_value=results[key],
+                metric_args=args,
             )
-            for metric, value in hub_metrics(results).items()
+            for metric, (metric_name, key, args) in METRICS.items()
         ],
     )
     card = ModelCard.from_template(
         metadata,
         template_path=TEMPLATE,
         repo=repo,
-        name=repo.split("/")[1],
+        name=name,
         results=results,
         backbone=short_name(backbone) if backbone else None,
         base_model=base_model,
         dataset_id=dataset_id,
-        dataset_name=dataset_name,
-        license=license,
-        files=files,
-        maps=[file for file in files if file.startswith("visualizations/")],
+        dataset_name=short_name(dataset["name"]),
+        publication=publication,
+        maps=[path for path in publication["files"] if path.startswith("visualizations/")],
         faithfulness=faithfulness,
         percent=percent,
     )
     return str(card).rstrip() + "\n"
 
 
-def hub_metrics(results: dict) -> dict[str, float]:
-    """Return the metrics of the card's metadata, by their names on the Hub."""
-    return {"accuracy": results["accuracy"], "f1": results["macro_f1"]}
-
-
-def card_mismatches(
-    text: str, results: dict, repo: str, files: list[str], faithfulness: dict | None = None
-) -> list[str]:
-    """Return the first lines where a card differs from one rendered again, as of a unified diff.
-
-    The license is taken from the card itself. The other arguments are those of `render`.
-    """
-    try:
-        license = ModelCard(text).data.license
-    except (ValueError, TypeError, yaml.YAMLError):  # malformed metadata, which differs anyway
-        license = None
-    expected = render(results, repo, license, files, faithfulness)
+def mismatches(text: str, expected: str) -> list[str]:
+    """Return the first lines where a card differs from one rendered again, as of a unified diff."""
     diff = difflib.unified_diff(expected.splitlines(True), text.splitlines(True), n=0)
     lines = (line.rstrip()[:SHOWN_WIDTH] for line in islice(diff, 2, None) if line[0] in "+-")
     return list(islice(lines, SHOWN_LINES))
@@ -104,11 +97,6 @@ def card_mismatches(
 
 def percent(ratio: float) -> str:
     return f"{100 * ratio:.2f} %"
-
-
-def hub_id(name: str | None) -> str | None:
-    """Return the name if it has the form of a Hub id, None for a local path or no name."""
-    return name if name and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) else None
 
 
 def short_name(name: str) -> str:

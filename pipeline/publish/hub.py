@@ -1,42 +1,38 @@
 """Publish files as one commit to a model or a Space on the Hub, and make sure that it arrived.
 
-huggingface_hub retries uploads, but neither the commit nor the requests before and after it: those
-are retried here. `create_commit` makes one commit; `upload_folder` may split a push into several.
+`create_commit` makes one commit; `upload_folder` may split a push into several. Each push leaves
+`publication.json`, the list of what it published. A later one removes and overwrites these files
+alone, and only as they were published.
 """
 
+import hashlib
 import json
-import logging
 import re
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from httpx2 import HTTPError, TransportError
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, get_token
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
 from huggingface_hub.utils.sha import git_hash
 
 from pipeline import runs
 from pipeline.errors import UserError
+from pipeline.publish.connection import CLIENT_ERRORS, hub_errors, retry
 
-logger = logging.getLogger(__name__)
-BACKOFF = (1, 2, 4, 8, 8)  # seconds between tries, as in huggingface_hub
-CLIENT_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)  # what huggingface_hub raises
 HUB_MANAGED_FILES = {".gitattributes"}
 MAIN = "refs/heads/main"
+PUBLICATION = "publication.json"  # {"files": {path: sha256 of all others}, and what the card needs}
 Files = dict[str, Path]  # by their path in the repository
 
 
-def connect(anonymous: bool = False) -> HfApi:
-    """Return a client with the user's token, or if need be without one where `anonymous`."""
-    token = get_token()
-    if not token and not anonymous:
-        raise UserError("There is no Hub token: run `hf auth login`, or set HF_TOKEN.")
-    if token and not re.fullmatch(r"[!-~]+", token):  # HTTP libraries would quote it in the error
-        raise UserError("The Hub token has characters that no token has: set HF_TOKEN again.")
-    return HfApi(token=token or False)
+class Access(NamedTuple):
+    """Who pushes, to which commit of main (None: a new repository), and whether it is private."""
+
+    account: str
+    commit: str | None
+    private: bool
 
 
 @dataclass
@@ -73,8 +69,8 @@ class Repository:
         with hub_errors(self.api, self.name):
             return retry(call, repo_id=self.name, repo_type=self.repo_type, **kwargs)
 
-    def check_access(self, private: bool = False, create_pr: bool = False) -> str | None:
-        """Return the commit of main, None for a new repository; UserError if push is refused."""
+    def check_access(self, private: bool = False, create_pr: bool = False) -> Access:
+        """Return what a push would meet; UserError if it would be refused."""
         if self.name.count("/") != 1:
             raise UserError(f'"{self.name}" is not a repository name: write owner/name.')
         with hub_errors(self.api, self.name):
@@ -87,13 +83,13 @@ class Repository:
                 raise UserError(f'There is no "{self.name}" to open a pull request on.')
             if (owner := self.name.split("/")[0]) not in owners:
                 raise UserError(f'"{owner}" is not yours: you own {", ".join(owners)}.')
-            return None
+            return Access(user["name"], None, private)
         if not create_pr:
             self.request(self.api.auth_check, write=True)
         info = self.request(self.api.repo_info)
         if private and not info.private:
             raise UserError(f'"{self.name}" is public already: choose another name.')
-        return info.sha
+        return Access(user["name"], info.sha, info.private)
 
     def create(self, private: bool, space_sdk: str | None = None) -> str:
         """Create the repository and return its first commit."""
@@ -107,16 +103,64 @@ class Repository:
         )
         return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
-    def plan(self, staged: Files, revision: str | None) -> Plan:
-        """Compare staged files with a revision; with None, all are new."""
-        remote_files = self.files(revision) if revision else {}
-        common = sorted(staged.keys() & remote_files.keys())
-        return Plan(
-            parent_commit=revision,
-            added=sorted(staged.keys() - remote_files.keys()),
-            changed=[path for path in common if not _is_same(staged[path], remote_files[path])],
-            removed=sorted(remote_files.keys() - staged.keys() - HUB_MANAGED_FILES),
-        )
+    def differences(self, staged: Files, remote: dict[str, RepoFile]) -> tuple[list, list]:
+        """Return the staged files that a revision does not have, and those it has otherwise."""
+        common = sorted(staged.keys() & remote.keys())
+        changed = [path for path in common if not _is_same(staged[path], remote[path])]
+        return sorted(staged.keys() - remote.keys()), changed
+
+    def plan(self, staged: Files, revision: str | None, replace: bool = False) -> Plan:
+        """Compare staged files with a revision; with None, all are new.
+
+        Raises:
+            UserError: This would overwrite what this pipeline did not write, without `replace`.
+        """
+        remote = self.files(revision) if revision else {}
+        added, changed = self.differences(staged, remote)
+        listed = self.read_publication(revision)["files"] if PUBLICATION in remote else {}
+        foreign = [path for path in changed if path != PUBLICATION]
+        if PUBLICATION not in remote:
+            foreign = sorted(remote.keys() - HUB_MANAGED_FILES)
+
+        def is_ours(path: str) -> bool:
+            return path in listed and listed[path] == self._sha256(remote[path], revision)
+
+        foreign = [path for path in foreign if not is_ours(path)]
+        if foreign and not replace:
+            names = ", ".join(foreign[:5]) + (", …" if len(foreign) > 5 else "")
+            raise UserError(
+                f'"{self.name}" has files that this pipeline did not write ({names}): check the '
+                "name, or overwrite those that are in the way with ARGS=--replace."
+            )
+        gone = sorted(listed.keys() & remote.keys() - staged.keys())
+        return Plan(revision, added, changed, removed=[path for path in gone if is_ours(path)])
+
+    def read_publication(self, revision: str) -> dict:
+        """Return what the push of a revision published: see PUBLICATION."""
+        try:
+            publication = json.loads(self._read(PUBLICATION, revision))
+            if isinstance(publication["files"], dict):
+                return publication
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise UserError(f"{PUBLICATION} of {self.name} is damaged: remove it there.")
+
+    def _read(self, path: str, revision: str) -> bytes:
+        options = {"filename": path, "revision": revision}
+        with tempfile.TemporaryDirectory() as folder:
+            return Path(
+                self.request(self.api.hf_hub_download, **options, local_dir=folder)
+            ).read_bytes()
+
+    def _sha256(self, file: RepoFile, revision: str) -> str:
+        if file.lfs:
+            return file.lfs.sha256
+        return hashlib.sha256(self._read(file.path, revision)).hexdigest()
+
+    def holds(self, staged: Files, plan: Plan, sha: str) -> bool:
+        """Return whether a commit is what `plan` was to make of the staged files."""
+        remote = self.files(sha)
+        return self.differences(staged, remote) == ([], []) and not remote.keys() & {*plan.removed}
 
     def commit(self, staged: Files, plan: Plan, message: str, create_pr: bool = False) -> str:
         """Make one commit on top of `plan.parent_commit`, or none; return its hash."""
@@ -132,25 +176,37 @@ class Repository:
                     operations=operations, commit_message=message, **options
                 )
             except CLIENT_ERRORS:  # the commit may be there, and only the reply lost
-                if landed := self.find_landed_commit(staged, old_refs):
+                if landed := self.find_landed_commit(staged, plan, old_refs):
                     return landed
                 raise
             return commit.oid
 
-        sha = self.request(attempt)
-        if self.plan(staged, sha):
+        try:
+            sha = self.request(attempt)
+        except UserError as error:
+            raise UserError(f"{error} {self._outcome(old_refs)}") from None
+        if not self.holds(staged, plan, sha):
             raise UserError(f"{self.name} @ {sha[:12]} does not hold the files that were sent.")
         return sha
 
-    def find_landed_commit(self, staged: Files, old_refs: dict[str, str]) -> str | None:
+    def find_landed_commit(self, staged: Files, plan: Plan, old_refs: dict[str, str]) -> str | None:
         """Return the commit that an attempt made although it failed; `old_refs` are from before."""
         new_refs = dict(self.refs().items() - old_refs.items())
         for sha in new_refs.values():
-            if not self.plan(staged, sha):
+            if self.holds(staged, plan, sha):
                 return sha
         if MAIN in new_refs:
             raise UserError(f'Somebody else has committed to "{self.name}" meanwhile: push again.')
         return None
+
+    def _outcome(self, old_refs: dict[str, str]) -> str:
+        """Say after a failed commit whether it landed nevertheless."""
+        try:
+            if self.refs() == old_refs:
+                return "Nothing was committed."
+        except UserError:
+            pass
+        return "Whether the commit landed is not known: the same command finds out."
 
     def refs(self) -> dict[str, str]:
         """Return the commit of each branch, tag and pull request, by ref, as `refs/pr/1`."""
@@ -162,9 +218,14 @@ class Repository:
         self.request(self.api.create_tag, tag=name, revision=commit, exist_ok=True)
         self.check_tag(name, commit)
 
-    def check_tag(self, name: str, commit: str | None) -> None:
-        """Raise UserError if the tag exists on another commit, or at all for a commit to come."""
-        if self.refs().get(f"refs/tags/{name}", commit) != commit:
+    def check_tag(self, name: str, commit: str | None, is_new: bool = False) -> None:
+        """Raise UserError if a commit (None: one to come) can't be given this tag."""
+        if not re.fullmatch(r"\w[\w.+-]*(?<!\.)(?<!\.lock)", name, re.ASCII) or ".." in name:
+            raise UserError(f'"{name}" can\'t be a tag: use letters, digits, ".", "-" and "_".')
+        refs = {MAIN: None} if is_new else self.refs()
+        if f"refs/heads/{name}" in refs:
+            raise UserError(f'"{name}" is a branch of "{self.name}": choose another tag.')
+        if refs.get(f"refs/tags/{name}", commit) != commit:
             raise UserError(f'"{self.name}" has a tag {name} already: choose another.')
 
 
@@ -172,55 +233,3 @@ def _is_same(file: Path, remote: RepoFile) -> bool:
     if remote.lfs:
         return runs.sha256(file) == remote.lfs.sha256
     return git_hash(file.read_bytes()) == remote.blob_id
-
-
-def retry(call: Callable, *args, **kwargs):
-    """Call, and call again after a pause while the Hub is busy or the connection breaks."""
-    for pause in BACKOFF:
-        try:
-            return call(*args, **kwargs)
-        except CLIENT_ERRORS as error:
-            if not is_transient(error):
-                raise
-            logger.warning("The Hub did not answer properly: trying again in %s s.", pause)
-        time.sleep(pause)
-    return call(*args, **kwargs)
-
-
-def is_transient(error: Exception) -> bool:
-    """Return whether another attempt may succeed: the Hub was busy, or the connection broke."""
-    error = root_http_error(error)
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code == 429 or error.response.status_code >= 500
-    return isinstance(error, (TransportError, json.JSONDecodeError))  # no JSON: a proxy's page
-
-
-def root_http_error(error: BaseException) -> BaseException:
-    """Return the HTTP error at the root of one of the client's exceptions, else the exception."""
-    cause = error
-    while cause is not None and not isinstance(cause, (HfHubHTTPError, TransportError)):
-        cause = cause.__cause__ or cause.__context__
-    return cause or error
-
-
-@contextmanager
-def hub_errors(api: HfApi, repo: str) -> Iterator[None]:
-    """Turn the client's exceptions into a UserError of one sentence, without the token."""
-    hub = f"the Hub at {api.endpoint}"
-    try:
-        yield
-    except RepositoryNotFoundError:
-        raise UserError(f'There is no "{repo}" on {hub}, or the token has no access.') from None
-    except CLIENT_ERRORS as error:
-        cause = root_http_error(error)
-        if isinstance(cause, HfHubHTTPError):
-            status = cause.response.status_code
-            reason = f"{hub} answered {status} ({cause.server_message or 'without a message'})"
-            if status in (401, 403):
-                reason += ": run `hf auth login` with a token that can write there"
-        elif isinstance(cause, (TransportError, json.JSONDecodeError)):
-            reason = f"{hub} can't be reached ({type(cause).__name__})"
-        else:
-            reason = " ".join(str(error).split()) or type(error).__name__
-        reason = reason.replace(api.token, "***") if api.token else reason
-        raise UserError(f'"{repo}": {reason}.') from None

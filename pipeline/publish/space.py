@@ -10,8 +10,9 @@ from huggingface_hub import HfApi, ModelInfo, RepoCard
 
 from pipeline.errors import UserError
 from pipeline.explain import attention
-from pipeline.publish.hub import Repository, hub_errors, retry
-from pipeline.publish.staging import EVALUATION
+from pipeline.publish.connection import hub_errors, retry
+from pipeline.publish.hub import Repository
+from pipeline.publish.provenance import EVALUATION
 from pipeline.runs import MODEL_FILES, split_revision
 
 SOURCE = Path(__file__).parents[2] / "space"

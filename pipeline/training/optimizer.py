@@ -10,7 +10,10 @@ from transformers import PreTrainedModel
 
 from pipeline.errors import UserError
 
-NO_WEIGHT_DECAY = re.compile(r"(_token|_tokens|position_embeddings)$")
+NO_WEIGHT_DECAY = re.compile(
+    r"(_token|_tokens|position_embeddings|position_embedding\.weight|position_bias_table)$"
+)
+BEFORE_LAYERS = re.compile(r"(^|\.)(embeddings|pre_layrnorm)\.")  # the latter is CLIP's
 
 
 def parameter_groups(
@@ -45,7 +48,8 @@ def parameter_groups(
 
 def layers(model: PreTrainedModel) -> nn.ModuleList:
     """Return the transformer's layers, first to last; UserError if they differ in shape."""
-    count = getattr(model.config, "num_hidden_layers", None)
+    config = getattr(model.config, "vision_config", model.config)
+    count = getattr(config, "num_hidden_layers", None)
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     shapes = {tuple(p.shape for p in layer.parameters()) for stack in stacks for layer in stack}
     if len(stacks) != 1 or len(shapes) != 1:
@@ -60,11 +64,10 @@ def _depths(model: PreTrainedModel, names: list[str]) -> dict[str, int]:
     """Each parameter's depth: 0 for the embeddings, 1 for the first layer, last for the head."""
     stack = layers(model)
     prefix = next(name for name, module in model.named_modules() if module is stack) + "."
-    embeddings = f"{model.base_model_prefix}.embeddings"
     depths = {}
     for name in names:
         if name.startswith(prefix):
             depths[name] = 1 + int(name.removeprefix(prefix).split(".")[0])
         else:
-            depths[name] = 0 if name.startswith(embeddings) else len(stack) + 1
+            depths[name] = 0 if BEFORE_LAYERS.search(name) else len(stack) + 1
     return depths

@@ -41,6 +41,7 @@ def train(recipe: Recipe, restart: bool = False) -> dict:
     is_main = recipe.training.process_index == 0
     with lock_run(recipe) if is_main else nullcontext():
         runs.check_folders(recipe.run)
+        recipe.pin_sources(resume=not restart)
         if not restart:
             check_same_recipe(recipe)
             summary = runs.read_json(recipe.model_folder / "training.json")
@@ -88,18 +89,19 @@ def build_trainer(recipe: Recipe) -> ImageTrainer:
     if args.bf16 and not runs.has_fast_bfloat16():
         args.bf16, args.mixed_precision = False, "no"
         print("This processor emulates bfloat16: training in float32.")
-    processor = build_processor(recipe.model)
+    processor, crop = build_processor(recipe.model), recipe.model.resize == "crop"
     if data.streaming:
         rows = load_stream(data, "train")
         seed = args.seed if args.data_seed is None else args.data_seed
         train_set = ImageStream(
             rows, args.per_device_train_batch_size, size, processor.resample,
-            seed, args.process_index, args.world_size, data.num_proc,
+            seed, args.process_index, args.world_size, data.num_proc, crop,
         )  # fmt: skip
-        labels, validation = rows.names, load_split(data, "validation", size, processor.resample)
+        labels = rows.names
+        validation = load_split(data, "validation", size, processor.resample, crop=crop)
     else:
         with args.main_process_first(desc="decoding"):
-            splits = load_splits(data, size, processor.resample, "train", "validation")
+            splits = load_splits(data, size, processor.resample, "train", "validation", crop=crop)
         train_set, validation = splits["train"], splits["validation"]
         labels = train_set.features["label"].names
     set_seed(args.seed)  # the head's first weights

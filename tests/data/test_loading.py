@@ -199,11 +199,11 @@ def test_an_image_that_cannot_be_decoded_is_named_by_split_and_row(image_folder,
         load(image_folder, num_proc=num_proc)
 
 
-@pytest.mark.parametrize(("label", "value"), [(None, "missing"), (-1, "-1")])
-def test_a_missing_label_is_named(tmp_path, label, value):
+@pytest.mark.parametrize("label", [None, -1])
+def test_a_missing_label_is_named(tmp_path, label):
     columns, features = pets()
     columns["animal"][11] = label
-    with pytest.raises(UserError, match=rf'"train", 1 labels .* row 11 \({value}\)'):
+    with pytest.raises(UserError, match=r'"train", 1 labels are missing .* in row 11\.'):
         load(write_parquet(tmp_path, columns, features))
 
 
@@ -220,8 +220,8 @@ def test_a_split_that_is_not_there(image_folder):
 
 
 def test_too_few_images_to_split(tmp_path):
-    with pytest.raises(UserError, match="Cannot split 20% of the train split off for test"):
-        load(write_parquet(tmp_path, *pets(count=4)))
+    with pytest.raises(UserError, match="Cannot split 20% .* off for test: no class has two"):
+        load(write_parquet(tmp_path, *pets(count=2)))
 
 
 def test_no_room_for_the_cache(tmp_path, monkeypatch):

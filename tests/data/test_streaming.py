@@ -11,7 +11,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 from launching import two_processes
 from pipeline import runs
 from pipeline.data import streaming
-from pipeline.data.loading import digits, load_split, load_splits, load_stream
+from pipeline.data.loading import load_split, load_splits, load_stream
+from pipeline.data.sources import digits
 from pipeline.data.streaming import ImageStream, assign_split
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate import evaluate

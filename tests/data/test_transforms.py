@@ -2,9 +2,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.Image import Resampling
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from pipeline.data.transforms import augment, mix, preprocess, random_crop, random_flip, resize
+from pipeline.data.transforms import (
+    augment,
+    fit_image,
+    mix,
+    preprocess,
+    random_crop,
+    random_flip,
+    resize,
+)
+from pipeline.errors import UserError
 from samples import draw_image
 
 
@@ -16,19 +26,24 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("resample", [1, 2, 3], ids=["lanczos", "bilinear", "bicubic"])
-@pytest.mark.parametrize("size", [(32, 32), (91, 67), (224, 20)])
+@pytest.mark.parametrize("crop", [False, True], ids=["squash", "crop"])
+@pytest.mark.parametrize("resample", list(Resampling), ids=lambda r: r.name.lower())
+@pytest.mark.parametrize("size", [(32, 32), (91, 67), (224, 20), (48, 64)])
 @pytest.mark.parametrize("target", [7, 32, 98])
-def test_resize_is_pillows_bit_for_bit(resample, size, target):
+def test_resize_is_pillows_bit_for_bit(resample, size, target, crop):
     images = [draw_image(seed, size) for seed in range(3)]
-    ours = resize(torch.stack([as_tensor(i) for i in images]), target, resample)
-    theirs = torch.stack([as_tensor(i.resize((target, target), resample)) for i in images])
+    ours = resize(torch.stack([as_tensor(i) for i in images]), target, resample, crop)
+    theirs = torch.stack([as_tensor(fit_image(i, target, resample, crop)) for i in images])
     assert torch.equal(ours, theirs)
+    if not crop:
+        plain = torch.stack([as_tensor(i.resize((target, target), resample)) for i in images])
+        assert torch.equal(ours, plain)
+    assert torch.equal(resize(ours, target, resample, crop), ours)
 
 
 def test_an_unknown_filter_is_refused():
-    with pytest.raises(ValueError, match="filter 0"):
-        resize(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), 8, 0)
+    with pytest.raises(UserError, match="resample is 6; choose from 0 to 5"):
+        resize(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), 8, 6)
 
 
 def test_preprocess_is_what_the_image_processor_does():

@@ -5,8 +5,12 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
+    BeitConfig,
+    BeitForImageClassification,
     ConvNextConfig,
     ConvNextForImageClassification,
+    Data2VecVisionConfig,
+    Data2VecVisionForImageClassification,
     DeiTConfig,
     DeiTForImageClassification,
     Dinov2Config,
@@ -165,8 +169,10 @@ def test_one_image_in_a_batch_has_the_maps_it_has_alone(model_and_tokens, pixels
         ConvNextForImageClassification(
             ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1])
         ),
+        BeitForImageClassification(BeitConfig(**SMALL, image_size=32, use_mean_pooling=True)),
+        Data2VecVisionForImageClassification(Data2VecVisionConfig(**SMALL, image_size=32)),
     ],
-    ids=["swin", "convnext"],
+    ids=["swin", "convnext", "beit with mean pooling", "data2vec"],
 )  # fmt: skip
 def test_a_model_without_global_attention_is_refused(model, pixels):
     with pytest.raises(ValueError, match=r"ImageClassification has no global attention"):

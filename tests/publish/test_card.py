@@ -15,7 +15,8 @@ REPO = "me/model"
 def results(measured) -> dict:
     results = json.loads((measured / "results/tiny/evaluation_results.json").read_text())
     results["dataset"] |= {"name": "uoft-cs/cifar10", "config": "plain_text", "revision": "ab" * 20}
-    results["recipe"]["model"] = "facebook/dinov2-small"
+    results["dataset"] |= {"published_split": "test", "is_part": False}
+    results["recipe"] |= {"model": "facebook/dinov2-small", "model_revision": "cd" * 20}
     return results
 
 
@@ -34,8 +35,13 @@ def faithfulness() -> dict:
     return {"images": 200, "methods": methods}
 
 
-def render(results: dict, files=("recipe.yaml", "confusion_matrix.png")) -> str:
-    return card.render(results, REPO, "apache-2.0", list(files))
+def publication(files=("recipe.yaml", "confusion_matrix.png"), **facts) -> dict:
+    listed = {"files": dict.fromkeys(files), "code_url": None, "space": None, "examples": {}}
+    return listed | {"license": "apache-2.0"} | facts
+
+
+def render(results: dict, files=("recipe.yaml", "confusion_matrix.png"), **facts) -> str:
+    return card.render(results, REPO, publication(files, **facts))
 
 
 def test_the_metadata_names_backbone_dataset_and_metrics(results):
@@ -48,8 +54,25 @@ def test_the_metadata_names_backbone_dataset_and_metrics(results):
     assert data.metrics == ["accuracy", "f1"]
     accuracy = next(r for r in data.eval_results if r.metric_type == "accuracy")
     assert accuracy.metric_value == results["accuracy"]
+    f1 = next(r for r in data.eval_results if r.metric_type == "f1")
+    assert (f1.metric_value, f1.metric_args) == (results["macro_f1"], {"average": "macro"})
     assert (accuracy.dataset_type, accuracy.dataset_config) == ("uoft-cs/cifar10", "plain_text")
     assert (accuracy.dataset_split, accuracy.dataset_revision) == ("test", "ab" * 20)
+
+
+def test_the_widget_has_example_images_and_their_outputs(results):
+    data = ModelCard(render(results, examples={"examples/00003.jpg": 3})).data.to_dict()
+    label = results["labels"][results["predictions"][3]]
+    output = {"label": label, "score": results["confidences"][3]}
+    address = f"https://huggingface.co/{REPO}/resolve/main/examples/00003.jpg"
+    example = {"src": address, "example_title": "Test image 3", "output": [output]}
+    assert data["widget"] == [example]
+
+
+def test_the_card_is_a_page_long(results):
+    text = render(results, ["recipe.yaml", "confusion_matrix.png", "visualizations/overview.jpg"])
+    assert len(text.splitlines()) < 140
+    assert text.lower().count("apache-2.0") == 2  # metadata and text
 
 
 def test_the_tables_have_the_numbers_of_the_results(results):
@@ -90,35 +113,39 @@ def test_a_run_without_validation_shows_no_validation_accuracy(results):
 
 
 def test_the_evaluated_split_is_named_as_it_is(results):
+    assert "accuracy on the `test` split is" in render(results)
     assert "used neither for training nor for choosing the checkpoint" in render(results)
-    results["dataset"]["split"] = "validation"
+    results["dataset"] |= {"published_split": "train", "is_part": True}
     text = render(results)
-    assert "accuracy on the validation split" in text
+    assert "accuracy on the images split off the `train` split before training is" in text
+    assert "images split off the `train` split before training (dataset revision" in text
+    assert ModelCard(text).data.eval_results[0].dataset_split == "train"
+    results["dataset"] |= {"split": "validation", "published_split": "val", "is_part": False}
+    text = render(results)
+    assert "accuracy on the `val` split" in text
     assert "used neither" not in text
 
 
-def test_local_folders_are_named_without_their_path(results):
-    results["dataset"] |= {"name": "data/photos", "config": None, "revision": None}
-    results["recipe"] = {"model": "../shared/models/dinov2-small"}
-    text = card.render(results, REPO, None, ["confusion_matrix.png"])
+def test_local_folders_are_named_as_local_and_not_linked(results):
+    results["dataset"] |= {"name": "./photos", "config": None, "revision": None, "local": True}
+    results["recipe"] = {"model": "./dinov2-small", "model_revision": None}
+    text = render(results, license=None)
     data = ModelCard(text).data
     assert (data.base_model, data.datasets, data.license) == (None, None, None)
-    assert "data/photos" not in text
-    assert "../shared" not in text
-    assert "It is\n`dinov2-small`, fine-tuned on `photos`." in text
-    assert "The license is that of `dinov2-small`" in text
+    local = "It is\n`dinov2-small` (a local folder), fine-tuned on `photos` (a local dataset)."
+    assert local in text
+    assert "license is that of `dinov2-small`, which could not be determined" in text
 
 
 def test_attention_methods_are_compared_with_a_random_order(results, faithfulness):
     files = ["visualizations/overview.png"]
-    text = card.render(results, REPO, None, files, faithfulness)
+    text = card.render(results, REPO, publication(files), faithfulness)
     row = "| mean | 0.400 | +0.100 (+0.050 to +0.150) "
     row += "| 0.480 | -0.020 (-0.070 to +0.030), not better than random |"
     assert row in text
     assert "| random | 0.500 | | 0.500 | |" in text
-    assert card.card_mismatches(text, results, REPO, files, faithfulness) == []
-    wrong = text.replace("0.480 |", "0.580 |")
-    assert len(card.card_mismatches(wrong, results, REPO, files, faithfulness)) == 2
+    assert card.mismatches(text, text) == []
+    assert len(card.mismatches(text.replace("0.480 |", "0.580 |"), text)) == 2
 
 
 def test_figures_are_shown_if_they_are_published(results):
@@ -150,15 +177,8 @@ def test_figures_are_shown_if_they_are_published(results):
 )
 def test_any_edit_of_the_card_is_found(results, pattern, replacement):
     text = render(results)
-    files = ["recipe.yaml", "confusion_matrix.png"]
     edited = re.sub(pattern, replacement, text, count=1)
     assert edited != text
-    lines = card.card_mismatches(edited, results, REPO, files)
+    lines = card.mismatches(edited, text)
     assert 1 <= len(lines) <= card.SHOWN_LINES
     assert all(line[0] in "+-" and len(line) <= card.SHOWN_WIDTH for line in lines)
-
-
-def test_the_license_is_read_from_the_card_itself(results):
-    for license in ("mit", None, ["mit", "apache-2.0"]):
-        text = card.render(results, REPO, license, [])
-        assert card.card_mismatches(text, results, REPO, []) == []

@@ -1,38 +1,48 @@
 """Publishing, through the real client, to a local Hub that fails on purpose."""
 
+import errno
 import json
 import logging
 import re
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi
+from starlette.responses import Response
 
 import push_to_hub
 from hub_fixtures import MINE, OTHER, READER
 from pipeline import runs
 from pipeline.errors import UserError
-from pipeline.publish.hub import Repository
-from pipeline.publish.staging import published_files, stage
+from pipeline.publish.hub import MAIN, Repository
 from pipeline.recipe import load_recipe
-from publishing import MODEL, REPO, RESULTS, history, replace_file, run_script, send
+from publishing import (
+    LICENSE,
+    MODEL,
+    REPO,
+    RESULTS,
+    history,
+    record_figure,
+    replace_file,
+    run_script,
+    send,
+)
 from samples import draw_image
+
+HF = Path(sys.executable).with_name("hf")
 
 
 def push(monkeypatch, *args: str, repo: str = REPO) -> None:
-    run_script(monkeypatch, push_to_hub.main, repo, "--model", str(MODEL), *args)
-
-
-def record(path: str, images: str | None = None, weights: str | None = None) -> None:
-    """Add a file to the results of the model."""
-    (RESULTS / path).parent.mkdir(exist_ok=True)
-    (RESULTS / path).write_bytes(b"png")
-    weights = weights or runs.sha256(MODEL / "model.safetensors")
-    runs.record_files(RESULTS, {path: images}, weights)
+    run_script(
+        monkeypatch, push_to_hub.main, repo, "--model", str(MODEL), "--license", LICENSE, *args
+    )
 
 
 def large_files(server) -> list[Path]:
@@ -49,22 +59,29 @@ def test_a_push_is_one_commit_verified_and_then_tagged(api, monkeypatch, capsys)
         "config.json",
         "confusion_matrix.png",
         "evaluation_results.json",
+        "examples/00003.jpg",
+        "examples/00067.jpg",
         "model.safetensors",
         "preprocessor_config.json",
+        "publication.json",
         "recipe.yaml",
     }
     info = api.model_info(REPO)
     assert info.private
     assert Repository(api, REPO).refs() == {"refs/heads/main": info.sha, "refs/tags/v1": info.sha}
     printed = capsys.readouterr().out
-    assert "(new)" in printed
-    assert re.search(r"Verified: .* the published predictions for 360 test images", printed, re.S)
+    assert f"Account:    me at {api.endpoint}\n" in printed
+    assert f"{api.endpoint}/{REPO} (new, private)\n" in printed
+    assert re.search(r"Verified: .*predictions of 360 of 360 test images +verified", printed, re.S)
+    assert re.search(r"NLL, ECE, OOD threshold and rates +NOT verified; ARGS=--full", printed)
 
     push(monkeypatch, "--tag", "v1")
-    assert "Nothing has changed" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Nothing has changed" in printed
+    assert "(existing, private)" in printed
     assert api.model_info(REPO).sha == info.sha
 
-    record("training_curves.png")
+    record_figure("training_curves.png")
     with pytest.raises(UserError, match="has a tag v1 already"):
         push(monkeypatch, "--tag", "v1")
     assert api.model_info(REPO).sha == info.sha
@@ -72,7 +89,7 @@ def test_a_push_is_one_commit_verified_and_then_tagged(api, monkeypatch, capsys)
 
 def test_without_a_name_the_model_trained_last_is_pushed_and_named(api, monkeypatch, capsys):
     (MODEL / "training.json").write_text("{}")
-    run_script(monkeypatch, push_to_hub.main, REPO, "--dry_run")
+    run_script(monkeypatch, push_to_hub.main, REPO, "--dry_run", "--license", LICENSE)
     assert re.search(r"Model: +models/tiny\n", capsys.readouterr().out)
 
 
@@ -80,79 +97,20 @@ def test_a_dry_run_sends_nothing(api, monkeypatch, capsys):
     push(monkeypatch, "--dry_run")
     printed = capsys.readouterr().out
     assert re.search(r"add +[\d,]+  model.safetensors", printed)
-    assert f"{api.endpoint}/{REPO} (new)" in printed
+    assert f"{api.endpoint}/{REPO} (new, public)" in printed
+    assert re.search(r"total +[\d,]+\n", printed)
     assert (RESULTS / "model_card.md").read_text().startswith("---\nlibrary_name")
     assert not api.repo_exists(REPO)
 
 
 def test_what_an_earlier_push_left_is_removed_in_the_same_commit(api):
-    record("training_curves.png")
+    record_figure("training_curves.png")
     send(api)
     assert "training_curves.png" in api.list_repo_files(REPO)
     (RESULTS / "training_curves.png").unlink()
     send(api)
     assert history(api) == ["Publish", "Publish", "initial commit"]
     assert "training_curves.png" not in api.list_repo_files(REPO)
-
-
-def test_only_files_in_the_manifest_with_these_weights_are_published(measured):
-    before = published_files(MODEL, RESULTS)
-    for name in ("training_args.bin", "optimizer.pt", "run.log", ".env", "notes.png"):
-        (MODEL / name).write_bytes(b"\x80\x04pickle")
-        (RESULTS / name).write_bytes(b"\x80\x04pickle")
-    record("training_curves.png", weights="0" * 64)
-    record("visualizations/passport_layers.png", images="user")
-    record("robustness.txt")
-    assert published_files(MODEL, RESULTS) == before
-    record("training_curves.png")
-    record("attention_faithfulness.png")
-    assert published_files(MODEL, RESULTS).keys() - before.keys() == {
-        "training_curves.png",
-        "attention_faithfulness.png",
-    }
-
-
-def test_an_overview_and_two_examples_of_the_maps_are_published(measured):
-    for name in ("00003_a_layers", "00001_b_layers", "00002_c_layers", "00001_b_methods"):
-        record(f"visualizations/{name}.png", images="dataset")
-    record("visualizations/overview.png", images="dataset")
-    published = published_files(MODEL, RESULTS)
-    assert [path for path in published if path.startswith("visualizations/")] == [
-        "visualizations/00001_b_layers.png",
-        "visualizations/00002_c_layers.png",
-        "visualizations/overview.png",
-    ]
-
-
-@pytest.mark.parametrize(
-    "secret",
-    [
-        MINE,
-        f"hf_{'a' * 34}",
-        f"hf_oauth_{'a' * 34}",
-        f"github_pat_{'1a_' * 20}",
-        f"ghp_{'a' * 36}",
-        "AKIAIOSFODNN7EXAMPLE",
-        "-----BEGIN PRIVATE KEY-----",
-    ],
-)
-def test_a_file_with_a_secret_is_not_staged(here, secret):
-    files = {"config.json": "{}", "recipe.yaml": f"dataset: digits\nkey: {secret}\n"}
-    with pytest.raises(UserError, match=r"recipe\.yaml has what looks like a secret") as error:
-        stage(files, here, token=MINE)
-    assert secret not in str(error.value)
-
-
-def test_text_that_only_resembles_a_secret_is_staged(here):
-    names = "hf_" + "hub_download_and_cache_the_file_there", "x" + "ghp_" + "a" * 36, "sk-learn"
-    assert stage({"recipe.yaml": " ".join(names)}, here, MINE).keys() == {"recipe.yaml"}
-
-
-def test_a_secret_in_the_recipe_stops_the_push(api):
-    (MODEL / "recipe.yaml").write_text(f"dataset: digits\nhub_token: {MINE}\n")
-    with pytest.raises(UserError, match=r"recipe\.yaml has what looks like a secret"):
-        send(api)
-    assert not api.repo_exists(REPO)
 
 
 @pytest.mark.parametrize(
@@ -352,7 +310,7 @@ def test_results_in_bfloat16_stop_the_push(api, monkeypatch):
 
 def test_faithfulness_of_another_model_stops_the_push(api, monkeypatch, capsys):
     hashes = runs.read_json(RESULTS / "evaluation_results.json")["model"]["sha256"]
-    record("attention_faithfulness.json")
+    record_figure("attention_faithfulness.json")
     file = RESULTS / "attention_faithfulness.json"
     runs.write_json(file, {"sha256": hashes, "images": 5, "methods": {}})
     push(monkeypatch, "--dry_run")
@@ -387,11 +345,12 @@ def test_the_snippet_of_the_card_runs(api, measured):
 
 
 def test_the_plan_lists_every_file_with_its_size(api):
+    record_figure("training_curves.png")
     send(api)
     repository = Repository(api, REPO)
     staged = {"README.md": MODEL / "config.json", "new.json": MODEL / "config.json"}
     staged |= {"model.safetensors": MODEL / "model.safetensors"}
-    plan = repository.plan(staged, repository.refs()["refs/heads/main"])
+    plan = repository.plan(staged, repository.refs()[MAIN])
     assert (plan.added, plan.changed) == (["new.json"], ["README.md"])
     assert "config.json" in plan.removed
     assert ".gitattributes" not in plan.removed
@@ -402,3 +361,171 @@ def test_the_plan_lists_every_file_with_its_size(api):
     assert ["remove", "config.json"] in lines
     assert lines[-1][0] == "total"
     assert json.dumps(lines).count("same") == 1
+
+
+def test_files_of_others_stay_and_are_not_overwritten(api, monkeypatch, capsys):
+    record_figure("training_curves.png")
+    send(api)
+    replace_file(api, "onnx/model.onnx", b"onnx")
+    replace_file(api, "LICENSE", b"my license")
+    replace_file(api, "training_curves.png", b"my curves")  # listed, but not as we published it
+    (RESULTS / "training_curves.png").unlink()
+    push(monkeypatch)
+    assert {"onnx/model.onnx", "LICENSE", "training_curves.png"} <= {*api.list_repo_files(REPO)}
+    assert "files of others: LICENSE, onnx/model.onnx, training" in capsys.readouterr().out
+
+    replace_file(api, "README.md", b"# Written by hand")
+    record_figure("training_curves.png")
+    before = history(api)
+    with pytest.raises(UserError, match=r"did not write \(README.md, training_curves.png\)"):
+        push(monkeypatch)
+    assert history(api) == before
+    push(monkeypatch, "--replace")
+    assert Path(api.hf_hub_download(REPO, "README.md")).read_text().startswith("---")
+
+
+def test_a_repository_of_another_origin_is_refused(api, monkeypatch):
+    api.create_repo(REPO)
+    replace_file(api, "pytorch_model.bin", b"weights")
+    for token in ("--dry_run", "--tag=v1"):
+        with pytest.raises(UserError, match=r"did not write \(pytorch_model.bin\): check the name"):
+            push(monkeypatch, token)
+    assert history(api) == ["Other", "initial commit"]
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"files": 3}'])
+def test_a_damaged_list_of_published_files_is_named(api, content):
+    send(api)
+    replace_file(api, "publication.json", content)
+    with pytest.raises(UserError, match=r"publication.json of me/digits is damaged"):
+        send(api)
+
+
+@pytest.mark.parametrize("tag", ["", "a b", "v1..2", ".v1", "v1.lock", "v1~", "v/1", "v1.", "-v"])
+def test_what_is_no_tag_is_refused_before_the_commit(api, monkeypatch, tag):
+    if tag:
+        with pytest.raises(UserError, match="can't be a tag"):
+            push(monkeypatch, f"--tag={tag}")
+    with pytest.raises(UserError, match='"main" is a branch'):
+        push(monkeypatch, "--tag=main")
+    assert not api.repo_exists(REPO)
+
+
+def test_a_branchs_name_is_no_tag(api, monkeypatch):
+    commit = send(api)
+    api.create_branch(REPO, branch="v1")
+    with pytest.raises(UserError, match='"v1" is a branch'):
+        push(monkeypatch, "--tag", "v1")
+    assert api.model_info(REPO).sha == commit
+
+
+def test_a_commit_that_fails_verification_says_how_to_go_back(api, hub_server, monkeypatch):
+    corrupt = ("GET", "/config.json", "corrupt")
+    hub_server.faults.append(corrupt)
+    with pytest.raises(UserError, match=r"main holds \w+, not verified .*`hf repos delete"):
+        push(monkeypatch, "--tag", "v1")
+    first = api.model_info(REPO).sha
+    record_figure("training_curves.png")
+    hub_server.faults.append(corrupt)
+    with pytest.raises(UserError, match="To go back to") as error:
+        push(monkeypatch, "--tag", "v1")
+    assert "refs/tags/v1" not in Repository(api, REPO).refs()
+    for key, value in (("ENDPOINT", api.endpoint), ("HUB_OFFLINE", "0"), ("HUB_DISABLE_XET", "1")):
+        monkeypatch.setenv(f"HF_{key}", value)
+    for line in str(error.value).splitlines()[-2:]:
+        subprocess.run(shlex.split(line.replace("hf ", f"{HF} ", 1)), check=True)
+    files = api.list_repo_tree(REPO), api.list_repo_tree(REPO, revision=first)
+    assert [file.path for file in files[0]] == [file.path for file in files[1]]
+
+
+def test_without_a_name_the_trainers_is_shown_and_confirmed(api, monkeypatch, capsys):
+    options = ("--model", str(MODEL), "--license", LICENSE)
+    with pytest.raises(UserError, match=r"me/vit-finetuned-digits\? .* confirm with ARGS=--yes"):
+        run_script(monkeypatch, push_to_hub.main, *options)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda question: "n")
+    with pytest.raises(UserError, match="Nothing was sent"):
+        run_script(monkeypatch, push_to_hub.main, "", *options)
+    assert f"{api.endpoint}/me/vit-finetuned-digits (new" in capsys.readouterr().out
+    assert not api.repo_exists("me/vit-finetuned-digits")
+    run_script(monkeypatch, push_to_hub.main, *options, "--yes")
+    assert api.repo_exists("me/vit-finetuned-digits")
+
+
+def test_progress_bars_do_not_bury_the_result(api, monkeypatch, capfd):
+    push(monkeypatch)
+    assert "it/s]" not in capfd.readouterr().err
+
+
+def wait(seconds: int, header: str = "Retry-After") -> Response:
+    return Response(status_code=429, headers={header: str(seconds)})
+
+
+def test_the_hubs_wish_to_wait_is_honored(api, hub_server, monkeypatch):
+    pauses = []
+    monkeypatch.setattr("pipeline.publish.connection.time.sleep", pauses.append)
+    hub_server.faults.append(("POST", "/commit/", wait(7)))
+    hub_server.faults.append(("GET", "whoami", wait('"api";r=0;t=9', "RateLimit")))
+    send(api)
+    assert {7, 9} <= {*pauses}
+    hub_server.faults.append(("GET", "whoami", wait(3600)))
+    with pytest.raises(UserError, match="answered 429 .* asks to wait 3600 s"):
+        send(api)
+
+
+def test_what_the_client_has_repeated_is_not_repeated(api, hub_server, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    hub_server.faults += [("POST", "preupload", 503)] * 12
+    with pytest.raises(UserError, match="answered 503 .* Nothing was committed"):
+        send(api)
+    assert len(hub_server.faults) == 12 - 6  # once, and five times again
+
+
+def test_a_hub_that_falls_silent_is_given_up(api, hub_server, monkeypatch):
+    monkeypatch.setattr("pipeline.publish.connection.SILENCE", 0.2)
+    hub_server.faults += [("POST", "/commit/", lambda: time.sleep(1))] * 3
+    with pytest.raises(UserError, match=r"can't be reached \(ReadTimeout\)|Somebody|landed"):
+        send(api)
+
+
+def test_after_giving_up_it_says_whether_the_commit_landed(api, hub_server):
+    hub_server.faults += [("POST", "/commit/", 503)] * 3
+    with pytest.raises(UserError, match="answered 503 .* Nothing was committed"):
+        send(api)
+    hub_server.faults.append(("POST", "/commit/", "lose"))
+    hub_server.faults += [("GET", "/refs", 503)] * 7
+    hub_server.faults.insert(0, ("GET", "/refs", lambda: None))  # before the commit
+    with pytest.raises(UserError, match="the commit landed is not known: the same command finds"):
+        send(api)
+    hub_server.faults.clear()
+    assert history(api) == ["Publish", "initial commit"]
+    send(api)
+    assert history(api) == ["Publish", "initial commit"]
+
+
+def test_a_full_disk_gives_one_sentence(api, monkeypatch):
+    def copyfile(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfile", copyfile)
+    with pytest.raises(UserError, match=r"Cannot copy .* to .*: No space left on device"):
+        push(monkeypatch)
+    assert not api.repo_exists(REPO)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda results: results.pop("dataset"),
+        lambda results: results.update(predictions="all"),
+        lambda results: results.update(model=None),
+    ],
+)
+def test_damaged_results_give_one_sentence(api, monkeypatch, damage):
+    file = RESULTS / "evaluation_results.json"
+    results = runs.read_json(file)
+    damage(results)
+    runs.write_json(file, results)
+    with pytest.raises(UserError, match="results in results/tiny are damaged; run `make evaluate"):
+        push(monkeypatch)
+    assert not api.repo_exists(REPO)

@@ -11,8 +11,8 @@ from hub_fixtures import MINE, OTHER, READER
 from local_hub import Repository
 from pipeline import runs
 from pipeline.errors import UserError
-from pipeline.publish import space
-from pipeline.publish.staging import EVALUATION
+from pipeline.publish import provenance, space
+from pipeline.publish.provenance import EVALUATION
 from publishing import MODEL, history, replace_file, run_script
 
 SPACE, SHOWN = "me/look", "me/digits"
@@ -60,7 +60,8 @@ def test_a_space_is_one_commit_that_shows_one_commit_of_a_model(api, shown, monk
     names = set(api.list_repo_files(SPACE, repo_type="space"))
     assert names >= {"README.md", "attention.py", "requirements.txt"}
     assert names >= {path.name for path in space.SOURCE.glob("*.py")}
-    assert names - {".gitattributes"} == set(space.published_files(api.model_info(SHOWN)))
+    published = {*space.published_files(api.model_info(SHOWN)), "publication.json"}
+    assert names - {".gitattributes"} == published
     assert not [name for name in names if "__pycache__" in name]
     assert variables(api) == {"MODEL_ID": SHOWN, "MODEL_REVISION": commit}
     info = api.space_info(SPACE)
@@ -191,3 +192,30 @@ def test_a_failed_build_shows_the_end_of_its_log(api, shown, monkeypatch):
     with pytest.raises(UserError, match="is in the stage BUILD_ERROR.\nstep 10\n") as error:
         deploy(monkeypatch)
     assert str(error.value).endswith("step 39")
+
+
+def test_files_of_others_in_a_space_stay(api, shown, monkeypatch):
+    deploy(monkeypatch)
+    replace_file(api, "notes.txt", b"mine", "space", SPACE)
+    replace_file(api, "app.py", b"by hand", "space", SPACE)
+    with pytest.raises(UserError, match=r"did not write \(app.py\)"):
+        deploy(monkeypatch)
+    deploy(monkeypatch, "--replace")
+    assert "notes.txt" in api.list_repo_files(SPACE, repo_type="space")
+
+
+def test_without_names_the_model_pushed_last_is_shown_and_the_space_recorded(
+    api, shown, monkeypatch, capsys
+):
+    def run(*args: str) -> None:
+        run_script(monkeypatch, deploy_space.main, *args)
+
+    with pytest.raises(UserError, match="No model was pushed from here"):
+        run()
+    provenance.record_push(MODEL, api.endpoint, SHOWN, api.model_info(SHOWN).sha)
+    with pytest.raises(UserError, match=rf"Publish as {SHOWN}\? .* ARGS=--yes"):
+        run()
+    assert f"Account:   me at {api.endpoint}" in capsys.readouterr().out
+    run("--yes")
+    assert api.repo_exists(SHOWN, repo_type="space")
+    assert provenance.last_push(api.endpoint)[1]["space"] == SHOWN

@@ -1,24 +1,33 @@
 """A published model is checked as anybody would download it; what is not true fails."""
 
+import hashlib
 import json
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
+from PIL import Image
 
 import push_to_hub
 from pipeline import runs
 from pipeline.data.loading import load_split
 from pipeline.errors import UserError
 from pipeline.evaluation.metrics import ImageClassification
-from pipeline.publish.hub import MAIN, Repository
+from pipeline.publish import card
+from pipeline.publish.hub import MAIN, PUBLICATION, Repository
 from pipeline.publish.verify import verify
 from pipeline.recipe import DataArguments
-from publishing import MODEL, REPO, RESULTS, replace_file, run_script, send
+from publishing import LICENSE, MODEL, REPO, RESULTS, replace_file, run_script, send
 
 EVALUATION = RESULTS / "evaluation_results.json"
 
 
 def push(monkeypatch, *args: str) -> None:
-    run_script(monkeypatch, push_to_hub.main, REPO, "--model", str(MODEL), *args)
+    run_script(
+        monkeypatch, push_to_hub.main, REPO, "--model", str(MODEL), "--license", LICENSE, *args
+    )
 
 
 @pytest.mark.slow
@@ -49,7 +58,9 @@ def test_anybody_can_verify_a_public_model(api, monkeypatch, capsys):
     run_script(monkeypatch, push_to_hub.main, repo, "--verify_only", "--full", "--seed", "7")
     printed = capsys.readouterr().out
     assert f"{REPO} @ {commit[:12]}" in printed
-    assert "360 test images (seed 7)" in printed
+    assert re.search(r"predictions of 360 of 360 test images +verified \(seed 7\)", printed)
+    assert re.search(r"NLL, ECE, OOD threshold and rates +verified\n", printed)
+    assert re.search(r"training .* license +NOT verified: as the publisher says", printed)
 
 
 @pytest.mark.slow
@@ -76,7 +87,7 @@ def test_files_changed_after_the_evaluation_fail(api):
     replace_file(api, processor.name, processor.read_bytes().replace(b"0.5", b"0.4"))
     with pytest.raises(UserError, match=r"not of the evaluated model.*: preprocessor_config\.json"):
         verify(Repository(api, REPO))
-    send(api)
+    send(api, replace=True)
     weights = bytearray((MODEL / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     replace_file(api, "model.safetensors", bytes(weights))
@@ -112,53 +123,183 @@ def test_a_push_verifies_and_tags_its_own_commit(api, hub_server, monkeypatch):
         verify(Repository(api, REPO))
 
 
-def test_a_forged_hash_list_fails(api):
-    results = runs.read_json(EVALUATION)
-    results["model"]["sha256"] = {}
+def forge(api, **edits) -> None:
+    """Publish with forged results; card, recipe and the list of files agree with them."""
+
+    def edit(results: dict) -> dict:
+        for key, value in edits.items():
+            results[key] = value(results[key]) if callable(value) else value
+        return results
+
+    runs.write_json(EVALUATION, edit(runs.read_json(EVALUATION)))
     send(api)
-    replace_file(api, EVALUATION.name, json.dumps(results).encode())
-    with pytest.raises(UserError, match=r"not of the evaluated model.*: model\.safetensors, "):
-        verify(Repository(api, REPO))
+
+
+def republish(api, path: str, content: bytes) -> None:
+    """Replace a published file, and its hash in the list of files."""
+    replace_file(api, path, content)
+    listed = json.loads(Path(api.hf_hub_download(REPO, PUBLICATION)).read_text())
+    listed["files"][path] = hashlib.sha256(content).hexdigest()
+    replace_file(api, PUBLICATION, json.dumps(listed, indent=1).encode())
+
+
+def metrics_of(predictions: list[int]) -> dict:
+    """The metrics that follow from predictions of the test images."""
+    labels = list(load_split(DataArguments(dataset="digits"), "test", 32, 2)["label"])
+    one_hot = [[float(i == p) for i in range(10)] for p in predictions]
+    scores = ImageClassification(keep_in_memory=True)
+    return scores.compute(predictions=one_hot, references=labels) | {"predictions": predictions}
+
+
+def fails(api, message: str, images: int | None = 50) -> None:
+    with pytest.raises(UserError, match=message):
+        verify(Repository(api, REPO), images=images)
+
+
+def test_an_empty_hash_list_fails(api):
+    send(api)
+    results = json.loads(Path(api.hf_hub_download(REPO, EVALUATION.name)).read_text())
+    for hashes in ({}, {"model.safetensors": results["model"]["sha256"]["model.safetensors"]}):
+        results["model"]["sha256"] = hashes
+        republish(api, EVALUATION.name, json.dumps(results).encode())
+        fails(api, r"not of the evaluated model.*: .*config\.json")
+
+
+def test_forged_predictions_outside_the_old_sample_fail(api):
+    labels = list(load_split(DataArguments(dataset="digits"), "test", 32, 2)["label"])
+    old_sample = set(np.random.default_rng(0).permutation(360)[:100].tolist())
+    predictions = runs.read_json(EVALUATION)["predictions"]
+    forged = [p if i in old_sample else labels[i] for i, p in enumerate(predictions)]
+    forge(api, **metrics_of(forged))
+    fails(api, r"\d+ of 50 predictions are not the published ones")
+
+
+@pytest.mark.slow
+def test_one_forged_prediction_fails_the_full_verification(api):
+    predictions = runs.read_json(EVALUATION)["predictions"]
+    forge(api, **metrics_of([(predictions[0] + 1) % 10, *predictions[1:]]))
+    fails(api, "1 of 360 predictions are not", images=None)
 
 
 @pytest.mark.parametrize(
-    ("forged", "message"),
+    ("edits", "message"),
     [
-        ("accuracy", "published accuracy does not follow from the predictions"),
-        ("everything", r"\d+ of 360 predictions are not the published ones"),
-        pytest.param("one prediction", r"1 of 360 predictions are not", marks=pytest.mark.slow),
-        pytest.param("f1", "f1 does not follow from the predictions", marks=pytest.mark.slow),
-        pytest.param("short", "do not have one prediction for each", marks=pytest.mark.slow),
-        pytest.param("invalid", "do not have one prediction for each", marks=pytest.mark.slow),
-        pytest.param("labels", "test images are not those", marks=pytest.mark.slow),
-        pytest.param("dataset", "test images are not those", marks=pytest.mark.slow),
+        ({"accuracy": 1.0}, "published accuracy does not follow from the predictions"),
+        ({"f1": lambda f1: [1.0, *f1[1:]]}, "published f1 does not follow"),
+        ({"predictions": lambda p: [10, *p[1:]]}, "do not have one prediction for each"),
+        ({"confidences": lambda c: [1.0] * len(c)}, "50 of 50 predictions are not"),
     ],
 )
-def test_results_that_agree_with_their_card_and_are_not_true_fail(api, forged, message):
-    results = runs.read_json(EVALUATION)
-    if forged == "accuracy":
-        results["accuracy"] = 1.0
-    elif forged == "f1":
-        results["f1"][0] = 1.0
-    elif forged == "short":
-        results["predictions"] = results["predictions"][:-1]
-    elif forged == "invalid":
-        results["predictions"][0] = 10
-    elif forged == "labels":
-        results["labels"] = results["labels"][::-1]
-    elif forged == "dataset":
-        results["dataset"]["sha256"] = "0" * 64
-    else:
-        split = load_split(DataArguments(dataset="digits"), "test", 32, 2)
-        labels = list(split["label"])
-        if forged == "everything":
-            results["predictions"] = labels
-        else:
-            results["predictions"][7] = (results["predictions"][7] + 1) % 10
-        one_hot = [[float(i == p) for i in range(10)] for p in results["predictions"]]
-        scores = ImageClassification(keep_in_memory=True)
-        results |= scores.compute(predictions=one_hot, references=labels)
-    runs.write_json(EVALUATION, results)
+def test_forged_metrics_in_json_and_card_together_fail(api, edits, message):
+    forge(api, **edits)
+    fails(api, message)
+
+
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        ({"nll": 0.1}, r"published nll, 0\.1000, is 2\.30"),
+        ({"ece": 0.9}, "published ece, 0.9000"),
+        ({"ood": lambda o: o | {"threshold": 1.0}}, "published OOD threshold, 1.0000"),
+        ({"ood": lambda o: o | {"pass_rate": {"validation": 0.95, "test": 0.99}}},
+         "published OOD rate of test"),
+        ({"ood": lambda o: o | {"ood_datasets": {"photographs": 0.0}}}, "OOD rate of photographs"),
+    ],
+)  # fmt: skip
+def test_forged_metrics_of_probabilities_fail_the_full_verification(api, edits, message):
+    forge(api, **edits)
+    assert (
+        "NOT" in verify(Repository(api, REPO), images=5).checks["NLL, ECE, OOD threshold and rates"]
+    )
+    fails(api, message, images=None)
+
+
+def test_swapped_classes_fail(api):
+    config = runs.read_json(MODEL / "config.json")
+    config["id2label"] |= {"0": "1", "1": "0"}
+    runs.write_json(MODEL / "config.json", config)
+    hashes = runs.model_hashes(str(MODEL))
+    forge(api, model=lambda model: model | {"sha256": hashes})
+    fails(api, "classes of the model are not those of its results, in their order")
+
+
+@pytest.mark.parametrize(
+    ("key", "edit", "message"),
+    [
+        ("labels", lambda labels: labels[::-1], "test images are not those it was evaluated on"),
+        ("predictions", lambda p: p[:-1], "do not have one prediction for each"),
+    ],
+)
+def test_results_that_are_forged_after_the_push_fail(api, key, edit, message):
     send(api)
-    with pytest.raises(UserError, match=message):
-        verify(Repository(api, REPO), images=None)
+    results = json.loads(Path(api.hf_hub_download(REPO, EVALUATION.name)).read_text())
+    results[key] = edit(results[key])
+    listed = json.loads(Path(api.hf_hub_download(REPO, PUBLICATION)).read_text())
+    republish(api, "README.md", card.render(results, REPO, listed).encode())
+    republish(api, EVALUATION.name, json.dumps(results).encode())
+    fails(api, message)
+
+
+def test_an_edited_recipe_fails(api):
+    send(api)
+    recipe = Path(api.hf_hub_download(REPO, "recipe.yaml")).read_text()
+    for edited in (yaml.safe_dump(yaml.safe_load(recipe) | {"seed": 7}), recipe + "# seed: 7\n"):
+        republish(api, "recipe.yaml", edited.encode())
+        fails(api, "recipe.yaml is not the recipe of the results")
+
+
+def test_a_swapped_figure_fails(api):
+    send(api)
+    replace_file(api, "confusion_matrix.png", b"another figure")
+    fails(api, r"not those that were published: confusion_matrix\.png")
+
+
+def test_a_swapped_example_image_fails(api):
+    send(api)
+    Image.new("RGB", (32, 32), "white").save("white.jpg")
+    republish(api, "examples/00003.jpg", Path("white.jpg").read_bytes())
+    fails(api, r"examples/00003\.jpg is not test image 3")
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.pkl", "modeling.py", "adapter_config.json", "model-2.safetensors"]
+)
+def test_an_extra_file_that_may_be_loaded_fails(api, name):
+    send(api)
+    replace_file(api, name, b"anything")
+    fails(api, f"not on the published list: {name}")
+
+
+def test_text_hidden_in_a_comment_of_the_card_fails(api):
+    send(api)
+    text = Path(api.hf_hub_download(REPO, "README.md")).read_text()
+    republish(api, "README.md", text.replace("## Usage", "<!-- buy -->\n## Usage").encode())
+    fails(api, r"(?s)The card is not .*\n\+<!-- buy -->")
+
+
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [
+        ("evaluation_results.json", b"{}"),
+        ("evaluation_results.json", b"[1"),
+        ("evaluation_results.json", b'{"model": {"sha256": 3}}'),
+        ("publication.json", b'{"files": {"../../etc/passwd": "0"}}'),
+        ("publication.json", b'{"files": {}, "examples": 3}'),
+        ("recipe.yaml", b"\xff\xfe"),
+    ],
+)
+def test_a_hostile_repository_gives_one_sentence(api, path, content):
+    send(api)
+    replace_file(api, path, content)
+    with pytest.raises(UserError, match=r"^Verification of me/digits @ \w+ failed\. \S"):
+        verify(Repository(api, REPO), images=5)
+
+
+def test_weights_that_are_none_give_one_sentence(api):
+    (MODEL / "model.safetensors").write_bytes(b"no weights")
+    weights = runs.sha256(MODEL / "model.safetensors")
+    entries = {"evaluation_results.json": None, "confusion_matrix.png": None}
+    runs.record_files(RESULTS, entries, weights)
+    hashes = runs.model_hashes(str(MODEL))
+    forge(api, model=lambda model: model | {"sha256": hashes})
+    fails(api, "The model can't be loaded")

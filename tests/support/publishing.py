@@ -6,12 +6,14 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
+from pipeline import runs
 from pipeline.publish import staging
 from pipeline.publish.hub import Repository
 
 REPO = "me/digits"
 MODEL = Path("models/tiny")
 RESULTS = Path("results/tiny")
+LICENSE = "apache-2.0"
 
 
 def run_script(monkeypatch, main: Callable[[], None], *args: str) -> None:
@@ -20,13 +22,27 @@ def run_script(monkeypatch, main: Callable[[], None], *args: str) -> None:
     main()
 
 
-def send(api: HfApi, create_pr: bool = False) -> str:
-    """Publish `models/tiny` without verifying it; return the commit."""
+def stage_tiny(api: HfApi, folder: Path = Path("staged"), **options) -> dict[str, Path]:
+    """Stage `models/tiny` for publication."""
+    return staging.stage_model(api, MODEL, REPO, folder, **({"license": LICENSE} | options))
+
+
+def record_figure(
+    path: str, images: str | None = None, weights: str | None = None, content: bytes = b"png"
+) -> None:
+    """Add a file to the results of the model."""
+    (RESULTS / path).parent.mkdir(exist_ok=True)
+    (RESULTS / path).write_bytes(content)
+    weights = weights or runs.sha256(MODEL / "model.safetensors")
+    runs.record_files(RESULTS, {path: images}, weights)
+
+
+def send(api: HfApi, create_pr: bool = False, replace: bool = False, **options) -> str:
+    """Publish `models/tiny` without verifying it; return the commit. `options` of `stage_model`."""
     repository = Repository(api, REPO)
-    folder = Path("staged")
-    parent_commit = repository.check_access(create_pr=create_pr)
-    staged = staging.stage_model(api, MODEL, REPO, folder)
-    plan = repository.plan(staged, parent_commit)
+    parent_commit = repository.check_access(create_pr=create_pr).commit
+    staged = stage_tiny(api, **options)
+    plan = repository.plan(staged, parent_commit, replace)
     plan.parent_commit = parent_commit or repository.create(private=False)
     return repository.commit(staged, plan, "Publish", create_pr)
 

@@ -1,0 +1,106 @@
+"""A client of the Hub: when a call is repeated, and what an error says.
+
+huggingface_hub retries uploads, but neither the commit nor the requests before and after it.
+"""
+
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from httpx2 import HTTPError, TransportError
+from huggingface_hub import HfApi, get_session, get_token
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+from pipeline.errors import UserError
+
+logger = logging.getLogger(__name__)
+BACKOFF = (1, 2, 4, 8, 8)  # seconds between tries, as in huggingface_hub
+SILENCE = 60  # seconds without a byte from the Hub, after which a request has failed
+PATIENCE = 600  # seconds in which a call is repeated
+# Method, path and status of what huggingface_hub has repeated already when it raises.
+CLIENT_RETRIES = re.compile(r"PUT |.*(/preupload/|/objects/batch|/verify|/resolve/.* 429)")
+CLIENT_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)  # what huggingface_hub raises
+
+
+def connect(anonymous: bool = False) -> HfApi:
+    """Return a client with the user's token, or if need be without one where `anonymous`."""
+    token = get_token()
+    if not token and not anonymous:
+        raise UserError("There is no Hub token: run `hf auth login`, or set HF_TOKEN.")
+    if token and not re.fullmatch(r"[!-~]+", token):  # HTTP libraries would quote it in the error
+        raise UserError("The Hub token has characters that no token has: set HF_TOKEN again.")
+    return HfApi(token=token or False)
+
+
+def retry(call: Callable, *args, **kwargs):
+    """Call, and call again after a pause while the Hub is busy or the connection breaks."""
+    deadline = time.monotonic() + PATIENCE
+    for pause in (*BACKOFF, None):
+        get_session().timeout = SILENCE  # the client has none of its own, and may be a new one
+        try:
+            return call(*args, **kwargs)
+        except CLIENT_ERRORS as error:
+            if pause is None or not is_transient(error):
+                raise
+            pause = max(pause, requested_pause(error))
+            if time.monotonic() + pause > deadline:
+                raise
+            logger.warning("The Hub did not answer properly: trying again in %s s.", pause)
+        time.sleep(pause)
+
+
+def is_transient(error: Exception) -> bool:
+    """Return whether another attempt may succeed: the Hub was busy, or the connection broke."""
+    error = root_http_error(error)
+    if isinstance(error, json.JSONDecodeError):  # a proxy's page
+        return True
+    if not isinstance(error, (HfHubHTTPError, TransportError)):
+        return False
+    response = getattr(error, "response", None)
+    request, status = (response or error).request, response.status_code if response else 0
+    if CLIENT_RETRIES.match(f"{request.method} {request.url.path} {status}"):
+        return False
+    return status in (0, 429) or status >= 500
+
+
+def requested_pause(error: Exception) -> int:
+    """Return the seconds to wait that the Hub asks for in a header, or 0."""
+    headers = getattr(getattr(root_http_error(error), "response", None), "headers", {})
+    text = headers.get("Retry-After") or headers.get("RateLimit", "").rpartition("t=")[2]
+    return int(text) if text.isdecimal() else 0
+
+
+def root_http_error(error: BaseException) -> BaseException:
+    """Return the HTTP error at the root of one of the client's exceptions, else the exception."""
+    cause = error
+    while cause is not None and not isinstance(cause, (HfHubHTTPError, TransportError)):
+        cause = cause.__cause__ or cause.__context__
+    return cause or error
+
+
+@contextmanager
+def hub_errors(api: HfApi, repo: str) -> Iterator[None]:
+    """Turn the client's exceptions into a UserError of one sentence, without the token."""
+    hub = f"the Hub at {api.endpoint}"
+    try:
+        yield
+    except RepositoryNotFoundError:
+        raise UserError(f'There is no "{repo}" on {hub}, or the token has no access.') from None
+    except CLIENT_ERRORS as error:
+        cause = root_http_error(error)
+        if isinstance(cause, HfHubHTTPError):
+            status = cause.response.status_code
+            reason = f"{hub} answered {status} ({cause.server_message or 'without a message'})"
+            if pause := requested_pause(error):
+                reason += f" and asks to wait {pause} s"
+            if status in (401, 403):
+                reason += ": run `hf auth login` with a token that can write there"
+        elif isinstance(cause, (TransportError, json.JSONDecodeError)):
+            reason = f"{hub} can't be reached ({type(cause).__name__})"
+        else:
+            reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason.replace(api.token, "***") if api.token else reason
+        raise UserError(f'"{repo}": {reason}.') from None

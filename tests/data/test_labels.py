@@ -1,0 +1,126 @@
+"""Labels of every kind that means a class, in one numbering for all splits."""
+
+from collections import Counter
+
+import datasets
+import pyarrow as pa
+import pytest
+from datasets import ClassLabel, Value
+
+from layouts import files, parquet
+from pipeline.data.labels import encode
+from pipeline.data.loading import load_raw, load_split, load_stream
+from pipeline.errors import UserError
+from pipeline.recipe import DataArguments
+
+
+def write(folder, kind, labels: list, split: str = "train", **more) -> DataArguments:
+    """Write a parquet file of images with these labels."""
+    images = files(count=-(-len(labels) // 2), seed=1000 * (split == "test"))[: len(labels)]
+    parquet(folder / f"{split}-0.parquet", images, kind, labels, **more)
+    return DataArguments(dataset=str(folder), validation_size=0.25)
+
+
+def classes(data: DataArguments) -> list[str]:
+    return load_raw(data)["train"].features["label"].names
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "names"),
+    [
+        (ClassLabel(names=["b", "a"]), [0, 1], ["b", "a"]),  # as published
+        (Value("string"), ["10", "2"], ["2", "10"]),
+        (Value("large_string"), ["img10", "img9"], ["img9", "img10"]),
+        (Value("int64"), [10, 2], ["2", "10"]),
+        (Value("int8"), [1, -1], ["-1", "1"]),
+        (Value("uint16"), [7, 40000], ["7", "40000"]),
+        (Value("bool"), [True, False], ["False", "True"]),
+        (Value("float64"), [3.0, 12.0], ["3", "12"]),
+    ],
+    ids=lambda value: str(getattr(value, "dtype", "")) or None,
+)
+def test_a_label_of_any_kind_is_a_class(tmp_path, kind, labels, names):
+    data = write(tmp_path, kind, labels * 10)
+    raw = load_raw(data)
+    assert raw["train"].features["label"].names == names
+    stream = load_stream(DataArguments(dataset=str(tmp_path), streaming=True), "train")
+    assert stream.names == names
+    counts = Counter(label for split in raw.values() for label in split["label"])
+    assert counts == {0: 10, 1: 10}
+
+
+def test_labels_are_compared_by_name_not_by_number_or_type(tmp_path):
+    write(tmp_path, Value("float32"), [2.0, 10.0] * 5)
+    data = write(tmp_path, Value("string"), ["10", "2", "2"], "test")
+    raw = load_raw(data)
+    assert raw["train"].features["label"].names == ["2", "10"]
+    assert raw["test"]["label"][:] == [1, 0, 0]
+
+
+@pytest.mark.parametrize("labels", [[-1, -1], [None, None]])
+def test_a_test_split_without_labels_does_not_stop_training(tmp_path, labels):
+    kind = ClassLabel(names=["cat", "dog"])
+    write(tmp_path, kind, [0, 1] * 10)
+    data = write(tmp_path, kind, labels, "test")
+    assert len(load_split(data, "train", 32, 3)) == 15
+    with pytest.raises(UserError, match='split "test" of .* has no labels.*--test_split'):
+        load_split(data, "test", 32, 3)
+
+
+def test_a_test_split_without_a_label_column_does_not_either(tmp_path):
+    write(tmp_path, Value("string"), ["cat", "dog"] * 10)
+    features = datasets.Features({"image": datasets.Image()})
+    images = [{"bytes": file, "path": None} for _, file in files(seed=500)]
+    test = datasets.Dataset.from_dict({"image": images}, features=features)
+    test.to_parquet(tmp_path / "test-0.parquet")
+    data = DataArguments(dataset=str(tmp_path), validation_size=0.25)
+    assert len(load_split(data, "train", 32, 3)) == 15
+    with pytest.raises(UserError, match='split "test" of .* has no labels'):
+        load_split(data, "test", 32, 3)
+
+
+def test_minus_one_beside_other_numbers_is_refused(tmp_path):
+    with pytest.raises(UserError, match='column "label" holds -1 beside 0'):
+        load_raw(write(tmp_path, Value("int64"), [-1, 0, 1, 2] * 5))
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels"),
+    [(Value("string"), [f"no. {i}" for i in range(20)]), (Value("float64"), [0.5, 1.0] * 10)],
+    ids=["nearly unique", "fractions"],
+)
+def test_a_column_of_no_classes_is_refused_even_if_named(tmp_path, kind, labels):
+    data = write(tmp_path, kind, labels)
+    with pytest.raises(UserError, match="no label column"):
+        load_raw(data)
+    data.label_column = "label"
+    with pytest.raises(UserError, match='column "label" has .* they are not classes'):
+        load_raw(data)
+
+
+def test_of_several_columns_the_usual_name_is_taken_or_a_choice_asked_for(tmp_path):
+    color = (Value("string"), ["red", "blue", "blue", "red"] * 5)
+    data = write(tmp_path / "a", Value("string"), ["cat", "dog"] * 10, color=color)
+    assert classes(data) == ["cat", "dog"]
+    data.label_column = "color"
+    assert classes(data) == ["blue", "red"]
+    data = write(tmp_path / "b", Value("float64"), [0.5] * 20, color=color, shape=color)
+    with pytest.raises(UserError, match="2 label columns, color, shape: choose .*--label_column"):
+        load_raw(data)
+
+
+def test_a_models_classes_hold_for_a_dataset_with_some_of_them(tmp_path):
+    data = write(tmp_path, Value("string"), ["dog", "cat"] * 10, "test")
+    names = ["bird", "dog", "cat"]
+    split = load_split(data, "test", 32, 3, names)
+    assert split.features["label"].names == names
+    assert split["label"][:4] == [1, 2, 1, 2]
+    with pytest.raises(UserError, match='class "dog", which is not among the 2 .*: bird, cat'):
+        load_split(data, "test", 32, 3, ["bird", "cat"])
+
+
+def test_a_number_outside_the_names_is_no_class():
+    kind = ClassLabel(names=["cat", "dog"])
+    values = pa.chunked_array([[0, 1], [2, -1, None]])
+    assert encode(values, kind, ["cat", "dog"], "train").tolist() == [0, 1, -1, -1, -1]
+    assert encode(values, kind, ["dog", "cat"], "train").tolist() == [1, 0, -1, -1, -1]
