@@ -24,13 +24,13 @@ def main() -> None:
     from pipeline.training.model import load_model
 
     name, revision = runs.split_revision(args.model)
-    _, processor = load_model(args.model)  # one sentence for what is missing
+    model, processor = load_model(args.model)  # one sentence for what is missing
     examples = figures.examples_from_files(args.images)
     if not examples:
         data = data_arguments(args.model, args.dataset)
         test = load_split(
             data, "test", input_size(processor), processor.resample,
-            crop=bool(processor.do_center_crop),
+            names=list(model.config.id2label.values()), crop=bool(processor.do_center_crop),
         )  # fmt: skip
         examples = figures.examples_from_rows(test, range(5))
     classify = pipeline("image-classification", model=name, revision=revision)

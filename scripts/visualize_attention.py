@@ -36,7 +36,7 @@ def main() -> None:
         data = data_arguments(name, args.dataset)
         test = load_split(
             data, "test", input_size(processor), processor.resample,
-            crop=bool(processor.do_center_crop),
+            names=list(model.config.id2label.values()), crop=bool(processor.do_center_crop),
         )  # fmt: skip
         rows = args.rows
         if not (rows or args.images):

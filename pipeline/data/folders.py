@@ -91,12 +91,17 @@ def load_folder(root: Path, data: DataArguments) -> dict[str, Dataset]:
         UserError: A file or folder is left over, or it is not clear what it means.
     """
     files = list_files(root)
-    if paths := [path for path in files if is_image(root, path)]:
+    paths = [path for path in files if is_image(root, path)]
+    packed = {*ARCHIVES, ".tar"} if paths else ARCHIVES
+    if archives := [path for path in files if path.suffix.lower() in packed]:
+        raise UserError(
+            f'"{root}" holds archives ({shorten(archives)}): unpack what they hold, and move them '
+            "elsewhere."
+        )
+    if paths:
         images = _sort_into_splits(root, paths)
         _label(root, images, files, data.label_column)
         return _as_datasets(root, images)
-    if archives := [path for path in files if path.suffix.lower() in ARCHIVES]:
-        raise UserError(f'"{root}" holds archives ({shorten(archives)}): unpack them first.')
     files = [path for path in files if path.suffix.lower() in DATA_FILES]
     kinds = {DATA_FILES[path.suffix.lower()] for path in files}
     if len(kinds) != 1:

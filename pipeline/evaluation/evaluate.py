@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 
 from pipeline import runs
 from pipeline.data.decoding import DecodedImages, content_hash
-from pipeline.data.loading import load_source, load_splits
+from pipeline.data.loading import fingerprint, load_source, load_splits
 from pipeline.data.transforms import input_size, preprocess
 from pipeline.errors import UserError
 from pipeline.evaluation import ood
 from pipeline.evaluation.metrics import ImageClassification
-from pipeline.recipe import DataArguments, load_settings
+from pipeline.recipe import DataArguments, data_arguments, load_settings
 from pipeline.training.model import load_model
 
 
@@ -56,21 +56,28 @@ def evaluate(
     settings = load_settings(name)
     data = replace(data, dataset_revision=_dataset_revision(data))  # what is recorded is loaded
     model, processor = load_model(name)
-    size, crop = input_size(processor), bool(processor.do_center_crop)
-    splits = load_splits(data, size, processor.resample, split, "validation", crop=crop)
-    dataset, roles = splits[split], load_source(data).roles
-    labels = dataset.features["label"].names
-    model_labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    if model_labels != labels:
+    labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    source = load_source(data)
+    if not set(source.names) <= set(labels):
         raise UserError(
-            f'"{name}" classifies {_list_classes(model_labels)}; the dataset "{data.dataset}" has '
-            f"{_list_classes(labels)}."
+            f'"{name}" classifies {_list_classes(labels)}; the dataset "{data.dataset}" has '
+            f"{_list_classes(source.names)}."
         )
+    _check_same_data(name, settings, data)
+    size, crop = input_size(processor), bool(processor.do_center_crop)
+    splits = load_splits(
+        data, size, processor.resample, split, "validation", names=labels, crop=crop
+    )
+    dataset, roles = splits[split], source.roles
     started = time.monotonic()
     logits, truth = predict(model, processor, dataset, batch_size, bf16)
     wall = time.monotonic() - started
     metric = ImageClassification(keep_in_memory=True)
     scores = metric.compute(predictions=logits.numpy(), references=truth.numpy())
+    detection = None  # of a dataset that has a test split only, nothing is left for the threshold
+    if "validation" in splits:
+        validation = splits["validation"]
+        detection = measure_ood(model, processor, validation, logits, split, data, batch_size, bf16)
     hub_name, revision = runs.split_revision(name)
     is_local = runs.is_local(hub_name)
     return {
@@ -96,9 +103,7 @@ def evaluate(
         **scores,
         "predictions": logits.argmax(dim=1).tolist(),
         "confidences": [round(p, 4) for p in logits.softmax(dim=1).amax(dim=1).tolist()],
-        "ood": measure_ood(
-            model, processor, splits["validation"], logits, split, data, batch_size, bf16
-        ),
+        "ood": detection,
         "recipe": settings,
         "dtype": "bfloat16" if bf16 else "float32",
         "wall_s": round(wall, 1),
@@ -195,7 +200,12 @@ def as_text(results: dict) -> str:
     low, high = results["accuracy_interval"]
     model, dataset, rates = results["model"], results["dataset"], results["ood"]
     revision = f" @ {model['revision']}" if model["revision"] else ""
-    others = ", ".join(f"{name} {rate:.1%}" for name, rate in rates["ood_datasets"].items())
+    detection = "not measured: the dataset has no validation images"
+    if rates:
+        accepted = {dataset["split"]: rates["pass_rate"][dataset["split"]]} | rates["ood_datasets"]
+        detection = "images taken for in-distribution (energy score): " + ", ".join(
+            f"{name} {rate:.1%}" for name, rate in accepted.items()
+        )
     width = max(len(label) for label in results["labels"])
     lines = [
         f"Accuracy       {results['accuracy']:.2%}  (95 % interval {low:.2%} to {high:.2%})",
@@ -208,8 +218,7 @@ def as_text(results: dict) -> str:
         f"{model['parameters'] / 1e6:.1f} M parameters",
         f"Weights        sha256 {model['sha256']['model.safetensors']}",
         f"Dataset        {dataset['name']}, split {dataset['split']}, {dataset['images']:,} images",
-        f"OOD detection  images taken for in-distribution (energy score): {dataset['split']} "
-        f"{rates['pass_rate'][dataset['split']]:.1%}, {others}",
+        f"OOD detection  {detection}",
         f"Evaluated in   {results['wall_s']} s on {results['hardware']}, {results['dtype']}",
         "",
         f"{'class':{width}}  precision  recall      f1  images",
@@ -220,6 +229,20 @@ def as_text(results: dict) -> str:
             f"{results['f1'][i]:6.4f}  {results['support'][i]:6}"
         )
     return "\n".join(lines) + "\n"
+
+
+def _check_same_data(model: str, settings: dict | None, data: DataArguments) -> None:
+    """Raise UserError if a run's own dataset has changed: its splits would be other ones."""
+    training = runs.read_json(Path(model).expanduser() / "training.json") or {}
+    if settings and settings.get("dataset") == data.dataset and "data" in training:
+        own = data_arguments(model)
+        if replace(own, dataset_revision=data.dataset_revision) != data:
+            return
+        if fingerprint(data) != training["data"]:
+            raise UserError(
+                f'The images of "{data.dataset}" are not the images that {model} was trained on, '
+                "so test images may be among those: restore them, or train again."
+            )
 
 
 def _dataset_revision(data: DataArguments) -> str | None:

@@ -18,9 +18,10 @@ ECE_BINS = 15
 class ImageClassification(evaluate.Metric):
     """Predictions are logits (N, C), references are class numbers (N,).
 
-    `compute` gives accuracy with its 95 % Wilson interval, balanced_accuracy (the mean recall
-    of the classes that occur), macro_f1, nll (natural log, per image), ece, and per class precision, recall, f1 and support, each (C,), with the
-    confusion_matrix (C, C): rows true, columns predicted.
+    `compute` gives accuracy with its 95 % Wilson interval, balanced_accuracy (the mean recall of
+    the classes that occur), macro_f1, nll (natural log, per image), ece, and per class precision,
+    recall, f1 and support, each (C,), with the confusion_matrix (C, C): rows true, columns
+    predicted.
     """
 
     def _info(self) -> evaluate.MetricInfo:

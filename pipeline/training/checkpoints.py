@@ -49,20 +49,32 @@ def lock_run(recipe: Recipe) -> Iterator[None]:
         ) from None
 
 
-def save_processes(recipe: Recipe) -> None:
-    """Save how many processes train, for `check_same_processes`."""
-    write_json(recipe.checkpoint_folder / "processes.json", {"n": recipe.training.world_size})
+def check_same_setup(recipe: Recipe, data: str) -> None:
+    """Raise UserError if a run would be resumed on other data or in other processes than before.
 
-
-def check_same_processes(recipe: Recipe) -> None:
-    """Raise UserError if a run would be resumed in another number of processes than before."""
-    saved = read_json(recipe.checkpoint_folder / "processes.json")
-    if saved and saved["n"] != recipe.training.world_size:
+    Args:
+        recipe: The run's.
+        data: `fingerprint` of its data.
+    """
+    saved = read_json(recipe.checkpoint_folder / "setup.json")
+    if saved and saved["data"] != data:
         raise UserError(
-            f"{recipe.checkpoint_folder} was trained in {saved['n']} processes, and this is "
-            f"{recipe.training.world_size}: the images would come in another order. Resume with "
-            f"NPROC={saved['n']}, or train again with ARGS=--restart."
+            f'The images or classes of "{recipe.data.dataset}" are not those that '
+            f"{recipe.checkpoint_folder} was trained on: restore them, name this run with "
+            "ARGS=--run=NAME, or train again with ARGS=--restart."
         )
+    if saved and saved["processes"] != recipe.training.world_size:
+        raise UserError(
+            f"{recipe.checkpoint_folder} was trained in {saved['processes']} processes, and this "
+            f"is {recipe.training.world_size}: the images would come in another order. Resume with "
+            f"NPROC={saved['processes']}, or train again with ARGS=--restart."
+        )
+
+
+def save_setup(recipe: Recipe, data: str) -> None:
+    """Save what `check_same_setup` compares."""
+    setup = {"data": data, "processes": recipe.training.world_size}
+    write_json(recipe.checkpoint_folder / "setup.json", setup)
 
 
 def check_same_recipe(recipe: Recipe) -> None:

@@ -7,16 +7,16 @@ from pathlib import Path
 from transformers import PreTrainedModel, set_seed
 
 from pipeline import runs
-from pipeline.data.loading import load_split, load_splits, load_stream
+from pipeline.data.loading import fingerprint, load_split, load_splits, load_stream
 from pipeline.data.streaming import ImageStream
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.training.checkpoints import (
-    check_same_processes,
     check_same_recipe,
+    check_same_setup,
     last_checkpoint,
     lock_run,
-    save_processes,
+    save_setup,
 )
 from pipeline.training.model import build_model, build_processor
 from pipeline.training.trainer import ImageTrainer
@@ -53,18 +53,20 @@ def train(recipe: Recipe, restart: bool = False) -> dict:
 def _train(recipe: Recipe, restart: bool, is_main: bool) -> dict:
     revision = runs.code_revision()  # of the code that runs: files may change meanwhile
     trainer = build_trainer(recipe)
+    with recipe.training.main_process_first(desc="hashing"):
+        data = fingerprint(recipe.data)
     if restart and is_main:
         runs.remove_run(recipe.run)
     trainer.accelerator.wait_for_everyone()
     checkpoint = last_checkpoint(recipe.checkpoint_folder)
     if checkpoint:
-        check_same_processes(recipe)
+        check_same_setup(recipe, data)
         if recipe.data.streaming:
             trainer.train_dataset.resume(checkpoint)
     if is_main:
         recipe.checkpoint_folder.mkdir(parents=True, exist_ok=True)
         recipe.save(recipe.checkpoint_folder)
-        save_processes(recipe)
+        save_setup(recipe, data)
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     state = trainer.state
     if trainer.stop_on_signal.stopped:
@@ -72,7 +74,7 @@ def _train(recipe: Recipe, restart: bool, is_main: bool) -> dict:
             f"Stopped by a signal at step {state.global_step} of {state.max_steps}, "
             "with a checkpoint. The same command resumes from it."
         )
-    summary = _summarize(trainer, recipe) | {"code_revision": revision}
+    summary = _summarize(trainer, recipe) | {"code_revision": revision, "data": data}
     # Asked of all processes, since each may hold a shard; the names without torch.compile's prefix.
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     weights = {name.replace("_orig_mod.", ""): value for name, value in weights.items()}

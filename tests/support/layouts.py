@@ -413,6 +413,12 @@ def saved_to_disk(folder):
     return expect(train=images)
 
 
+def archive_beside_images(folder):
+    put(folder, files())
+    (folder / "more.tar").write_bytes(b"")
+    return r"holds archives \(more\.tar\): unpack"
+
+
 def archive(folder):
     (folder / "pets.zip").write_bytes(b"PK")
     return r"holds archives \(pets\.zip\): unpack"

@@ -1,6 +1,7 @@
 """A run's life: its name, its folders, signals, resuming, and what ends it."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +13,11 @@ from filelock import FileLock
 
 from pipeline import runs
 from pipeline.errors import UserError
+from pipeline.evaluation.evaluate import evaluate
 from pipeline.recipe import load_recipe
 from pipeline.training.checkpoints import last_checkpoint
 from pipeline.training.train import build_trainer, train
-from samples import ROOT
+from samples import ROOT, draw_image
 
 SCRIPT = ROOT / "scripts/train_vit.py"
 STEPS = ["--eval_strategy=steps", "--eval_steps=5", "--save_strategy=steps", "--save_steps=5"]
@@ -57,9 +59,23 @@ def test_another_number_of_processes_is_refused_on_resume(tiny_recipe, here):
     for file in (here / "models/run").iterdir():
         file.unlink()
     (here / "models/run").rmdir()
-    runs.write_json(here / "models/checkpoints/run/processes.json", {"n": 2})
+    setup = here / "models/checkpoints/run/setup.json"
+    runs.write_json(setup, runs.read_json(setup) | {"processes": 2})
     with pytest.raises(UserError, match=r"trained in 2 processes, and this is 1.*NPROC=2"):
         train(load_recipe(tiny_recipe, ["--max_steps=10", *STEPS], "run"))
+
+
+def test_other_data_is_refused_on_resume_and_on_evaluation(tiny_recipe, image_folder, here):
+    options = [f"--dataset={image_folder}", "--validation_size=0.25", "--max_steps=10", *STEPS]
+    recipe = load_recipe(tiny_recipe, options, "run")
+    train(recipe)
+    evaluate("models/run", recipe.data)
+    draw_image(999).save(image_folder / "train/cat/new.png")
+    with pytest.raises(UserError, match=r"not the images .* was trained on"):
+        evaluate("models/run", recipe.data)
+    shutil.rmtree("models/run")
+    with pytest.raises(UserError, match=r"images or classes of .* are not those"):
+        train(recipe)
 
 
 @pytest.mark.slow
