@@ -63,7 +63,10 @@ def load_evaluated_splits(
         data = replace(data, dataset_config=info["config"], dataset_revision=info["revision"])
     size = results["model"]["image_size"]
     crop = bool(processor.get("do_center_crop"))
-    splits = load_splits(data, size, processor["resample"], info["split"], *others, crop=crop)
+    splits = load_splits(
+        data, size, processor["resample"], info["split"], *others,
+        names=results["labels"], crop=crop,
+    )  # fmt: skip
     split = splits[info["split"]]
     if content_hash(split) != info["sha256"] or split.features["label"].names != results["labels"]:
         raise UserError(f"The {info['split']} images are not those it was evaluated on.")

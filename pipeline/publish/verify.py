@@ -82,7 +82,7 @@ def verify(
                 _check_examples(folder, split)
                 if images is None:
                     _check_probabilities(
-                        results, classifier, splits["validation"], split.labels, logits
+                        results, classifier, splits.get("validation"), split.labels, logits
                     )
         except UserError as error:
             raise UserError(
@@ -209,13 +209,14 @@ def _check_probabilities(
     metric = ImageClassification(keep_in_memory=True)
     again = metric.compute(predictions=logits.numpy(), references=labels)
     processor, data = classifier.image_processor, DataArguments(dataset=name)
-    ood = measure_ood(classifier.model, processor, validation, logits, split, data)
     pairs = {key: (results[key], again[key]) for key in ("nll", "ece")}
-    pairs["OOD threshold"] = published["threshold"], ood["threshold"]
-    for group in ("pass_rate", "ood_datasets"):
-        pairs |= {
-            f"OOD rate of {key}": (published[group][key], ood[group][key]) for key in ood[group]
-        }
+    if published:
+        ood = measure_ood(classifier.model, processor, validation, logits, split, data)
+        pairs["OOD threshold"] = published["threshold"], ood["threshold"]
+        for group in ("pass_rate", "ood_datasets"):
+            pairs |= {
+                f"OOD rate of {key}": (published[group][key], ood[group][key]) for key in ood[group]
+            }
     for key, (value, expected) in pairs.items():
         if not abs(value - expected) <= TOLERANCE[key.split()[0]]:
             raise UserError(f"The published {key}, {value:.4f}, is {expected:.4f} for this model.")
