@@ -71,6 +71,7 @@ def streamed(folder: Path) -> Counter:
     return counts
 
 
+@pytest.mark.slow
 def test_a_stream_gives_the_same_images(layout):
     folder, expected = layout
     if folder.name == "saved_to_disk":

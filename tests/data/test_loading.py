@@ -232,6 +232,7 @@ def test_no_room_for_the_cache(tmp_path, monkeypatch):
         load(folder)
 
 
+@pytest.mark.slow
 def test_an_unreachable_hub_names_the_ways_out(tmp_path):
     # In a process of its own: the address is read when the library is imported.
     result = subprocess.run(
@@ -254,6 +255,7 @@ def test_an_unreachable_hub_names_the_ways_out(tmp_path):
         assert way in error
 
 
+@pytest.mark.slow
 def test_real_cifar10_is_mapped_whole(shared):
     test = load_split(DataArguments(dataset=str(shared / "data/cifar10")), "test", 98, BICUBIC)
     assert len(test) == 10_000

@@ -106,6 +106,7 @@ def test_validation_is_bounded_and_from_all_shards(published, monkeypatch):
     assert (few[0]["label"], few[38]["label"]) == (first, last)
 
 
+@pytest.mark.slow
 def test_epochs_differ_and_so_do_seeds():
     first, second = epochs(stream(), 2)
     assert 1000 < len(first) < 1400

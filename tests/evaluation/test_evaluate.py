@@ -42,6 +42,7 @@ def test_results_are_what_pipeline_gives_image_by_image(model):
     assert low < results["accuracy"] < high
 
 
+@pytest.mark.slow
 def test_results_carry_what_they_were_computed_from(model):
     results = evaluate(model, DIGITS)
     for name, expected in results["model"]["sha256"].items():
@@ -57,6 +58,7 @@ def test_results_carry_what_they_were_computed_from(model):
     assert json.loads(json.dumps(results)) == results
 
 
+@pytest.mark.slow
 def test_another_split_and_batch_size_give_their_own_numbers(model):
     validation = evaluate(model, DIGITS, split="validation", batch_size=7)
     assert validation["dataset"]["images"] == 72
@@ -65,6 +67,7 @@ def test_another_split_and_batch_size_give_their_own_numbers(model):
     assert evaluate(model, DIGITS, batch_size=7)["accuracy"] == whole["accuracy"]
 
 
+@pytest.mark.slow
 def test_a_first_look_says_so_and_is_close(model, monkeypatch):
     whole = evaluate(model, DIGITS)
     monkeypatch.setattr("pipeline.runs.has_fast_bfloat16", lambda: True)
@@ -81,6 +84,7 @@ def test_a_dataset_of_other_classes_is_refused(model, image_folder):
         evaluate(model, DataArguments(dataset=str(image_folder)))
 
 
+@pytest.mark.slow
 def test_the_script_evaluates_the_last_run_and_writes_everything(model, here):
     result = subprocess.run(
         [sys.executable, ROOT / "scripts/evaluate_vit.py"], capture_output=True, text=True
@@ -107,6 +111,7 @@ def test_the_script_evaluates_the_last_run_and_writes_everything(model, here):
             assert len(image.convert("L").getcolors(256)) > 20  # something is drawn
 
 
+@pytest.mark.slow
 def test_nothing_to_evaluate_is_one_line(here):
     result = subprocess.run(
         [sys.executable, ROOT / "scripts/evaluate_vit.py"], capture_output=True, text=True

@@ -34,6 +34,7 @@ def test_ood_images_are_decoded_at_no_more_than_the_models_size():
             assert max(decoded.features["image"].shape) <= size
 
 
+@pytest.mark.slow
 def test_evaluation_reports_how_many_images_pass(tiny_recipe):
     train(load_recipe(tiny_recipe, ["--num_train_epochs=1"], "run"))
     results = evaluate("models/run", DataArguments(dataset="digits"))["ood"]

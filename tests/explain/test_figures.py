@@ -85,6 +85,7 @@ def test_a_wrong_selection_is_named(model, here):
         measure_faithfulness(*model, test, 361, head=0)
 
 
+@pytest.mark.slow
 def test_the_script_draws_the_typical_images_of_the_last_run(model, here):
     command = [sys.executable, ROOT / "scripts/visualize_attention.py"]
     result = subprocess.run([*command, "--faithfulness=10"], capture_output=True, text=True)

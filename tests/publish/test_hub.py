@@ -36,6 +36,8 @@ from publishing import (
 )
 from samples import draw_image
 
+pytestmark = pytest.mark.slow
+
 HF = Path(sys.executable).with_name("hf")
 
 

@@ -21,6 +21,8 @@ from pipeline.publish.verify import verify
 from pipeline.recipe import DataArguments
 from publishing import LICENSE, MODEL, REPO, RESULTS, replace_file, run_script, send
 
+pytestmark = pytest.mark.slow
+
 EVALUATION = RESULTS / "evaluation_results.json"
 
 

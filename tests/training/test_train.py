@@ -54,6 +54,7 @@ def test_a_second_run_of_a_name_is_refused_while_the_first_trains(tiny_recipe, h
     assert train(load_recipe(tiny_recipe, ["--max_steps=2"], "run"))["new"]
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_is_refused_on_resume(tiny_recipe, here):
     train(load_recipe(tiny_recipe, ["--max_steps=10", *STEPS], "run"))
     for file in (here / "models/run").iterdir():
@@ -116,12 +117,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_advice(tiny_recipe):
         train(load_recipe(tiny_recipe, options, "run"))
 
 
+@pytest.mark.slow
 def test_training_ends_early_where_validation_does_not_improve(tiny_recipe):
     options = ["--early_stopping_patience=2", "--learning_rate=1e-9", "--num_train_epochs=9"]
     summary = train(load_recipe(tiny_recipe, options, "run"))
     assert summary["epochs"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["nll", "loss", "macro_f1", "balanced_accuracy"])
 def test_the_best_checkpoint_is_best_by_the_metric_that_was_asked_for(tiny_recipe, metric):
     options = [f"--metric_for_best_model={metric}", "--num_train_epochs=3", "--learning_rate=0.02"]

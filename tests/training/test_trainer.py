@@ -148,6 +148,7 @@ def test_a_half_written_checkpoint_is_skipped_with_a_warning(tiny_recipe, here, 
         backup.rename(torn)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_alone_unless_told(tiny_recipe, here):
     assert train(load_recipe(tiny_recipe, [], "run"))["new"]
     stamp = (here / "models/run/model.safetensors").stat().st_mtime_ns
@@ -166,6 +167,7 @@ def test_another_recipe_in_the_same_place_is_refused(tiny_recipe):
     assert not train(load_recipe(tiny_recipe, ["--logging_steps=7"], "run"))["new"]
 
 
+@pytest.mark.slow
 def test_all_options_together_train(tiny_recipe):
     options = [
         "--horizontal_flip",
@@ -181,6 +183,7 @@ def test_all_options_together_train(tiny_recipe):
     assert all(entry["loss"] < 4 for entry in summary["log"] if "loss" in entry)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_trains_alike_and_is_saved_plain(tiny_recipe, here):
     same = ["--max_steps=4", "--eval_strategy=steps", "--eval_steps=2"]
     same += ["--save_strategy=steps", "--save_steps=2"]
@@ -199,6 +202,7 @@ def test_validation_loss_is_not_smoothed(tiny_recipe):
     assert entry["eval_loss"] == pytest.approx(entry["eval_nll"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_accumulated_batches_train_like_one_large_batch(tiny_recipe, here):
     same = ["--random_crop_padding=0", "--max_steps=5"]
     train(load_recipe(tiny_recipe, same, "one"))
