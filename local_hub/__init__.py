@@ -63,4 +63,5 @@ def environment(hub: LocalHub) -> dict[str, str]:
     flags = ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_UPDATE_CHECK", "DISABLE_SAFETENSORS_CONVERSION")
     paths = {"HF_TOKEN_PATH": str(hub.root / "token"), "HF_HOME": str(hub.root / "home")}
     constants = {"HF_UPDATE_DOWNLOAD_COUNTS": "0", **dict.fromkeys(flags, "1")}
-    return {"HF_ENDPOINT": hub.url, **paths, **constants}
+    past_proxy = {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
+    return {"HF_ENDPOINT": hub.url, **paths, **constants, **past_proxy}

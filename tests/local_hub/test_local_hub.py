@@ -269,6 +269,7 @@ def test_a_folder_can_be_seeded_and_survives_a_restart(hub_server, tmp_path):
 
 def test_a_command_runs_against_it_with_its_token_and_nobody_elses(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_of_the_real_hub")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # nothing listens there
     code = "import huggingface_hub as h; print(h.create_repo('me/x'), h.get_token()[:3])"
     command = [sys.executable, "-m", "local_hub", "--root", tmp_path / "hub", "--run"]
     done = subprocess.run(
