@@ -21,8 +21,7 @@ from pipeline.runs import MODELS, check_run_name, model_file, pin
 RECIPES = Path(__file__).parent / "recipes"
 # Under every recipe: validate and save once an epoch, and keep the best.
 DEFAULTS = {
-    "eval_strategy": "epoch",
-    "save_strategy": "epoch",
+    **dict.fromkeys(("eval_strategy", "save_strategy"), "epoch"),
     "save_total_limit": 2,
     "load_best_model_at_end": True,
     "metric_for_best_model": "accuracy",
@@ -30,12 +29,8 @@ DEFAULTS = {
     "report_to": "none",
 }
 # Under a streamed one, which has no epochs: validate and save ten times.
-STREAMING_DEFAULTS = {
-    "eval_strategy": "steps",
-    "eval_steps": 0.1,
-    "save_strategy": "steps",
-    "save_steps": 0.1,
-}
+STREAMING_DEFAULTS = dict.fromkeys(("eval_strategy", "save_strategy"), "steps")
+STREAMING_DEFAULTS |= dict.fromkeys(("eval_steps", "save_steps"), 0.1)
 # Settings of speed, place and reporting: a run may be resumed under others.
 NON_SEMANTIC_KEYS = {
     "num_proc", "attention", "logging_steps", "save_total_limit", "disable_tqdm", "report_to",
@@ -140,11 +135,7 @@ RECIPE_DEFAULTS = {key.name: key.default for group in RECIPE_GROUPS for key in f
 
 @dataclass
 class Recipe:
-    """One experiment, resolved.
-
-    `run` names its folders in `models`, `models/checkpoints` and `results`. `settings` are all
-    values that decide what is learned, as they were given: enough to repeat it.
-    """
+    """One experiment, resolved; `settings` are all values that decide what is learned, as given."""
 
     run: str
     data: DataArguments
