@@ -82,6 +82,9 @@ class ModelArguments:
         default=None, help="build this configuration, untrained, in place of a model"
     )
     image_size: int = HfArg(default=224, help="side of the model's input, in pixels")
+    image_size_schedule: dict | str | None = HfArg(
+        default=None, help="sizes to train at, by the share of the steps done: {0: 56, 0.5: 98}"
+    )
     resize: str = HfArg(
         default="squash", help="squash the whole image to a square, or crop its center"
     )
@@ -99,6 +102,8 @@ class ModelArguments:
     def __post_init__(self):
         if isinstance(self.model_config, str):
             self.model_config = json.loads(self.model_config)
+        if isinstance(self.image_size_schedule, str):
+            self.image_size_schedule = yaml.safe_load(self.image_size_schedule)
         if self.model_config is not None:
             self.model = self.model_revision = None
 

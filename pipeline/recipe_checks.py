@@ -114,10 +114,31 @@ def check_values(recipe) -> None:
             f'class_weights is "{objective.class_weights}"; write balanced, or a weight by class '
             "name, as {cat: 2.0}."
         )
+    if model.image_size_schedule is not None:
+        _check_schedule(model.image_size_schedule, model.image_size)
     if data.streaming:
         _check_streaming(objective, args)
     if model.model_config is not None:
         _check_model_config(model.model_config)
+
+
+def _check_schedule(schedule: dict, image_size: int) -> None:
+    shares, sizes = [], []
+    if isinstance(schedule, dict):
+        shares, sizes = list(schedule), list(schedule.values())
+    is_valid = all(type(share) in (int, float) for share in shares) and all(
+        type(size) is int and size > 0 for size in sizes
+    )
+    if not is_valid or shares[:1] != [0] or shares != sorted(shares) or shares[-1] >= 1:
+        raise UserError(
+            f"image_size_schedule is {schedule}; write sizes in pixels by the share of the steps "
+            "at which each begins, from 0 upwards, as {0: 56, 0.5: 98}."
+        )
+    if sizes[-1] != image_size:
+        raise UserError(
+            f"image_size_schedule ends at {sizes[-1]} pixels, and image_size is {image_size}: the "
+            "model is saved for the size it is trained at last, so give both the same."
+        )
 
 
 def _check_streaming(objective, args: TrainingArguments) -> None:

@@ -30,17 +30,18 @@ PRECISION_BITS = 22  # Pillow's fixed-point weights for 8-bit images
 CHUNK = 8  # images
 
 
-def preprocess(images: Tensor, processor) -> Tensor:
+def preprocess(images: Tensor, processor, size: int | None = None) -> Tensor:
     """Do what an image processor does, for a whole batch on its device.
 
     Args:
         images: uint8 (B, 3, H, W).
         processor: An image processor that `training.processor` reproduces.
+        size: Side S of the result, in pixels; the processor's by default.
 
     Returns:
         float32 (B, 3, S, S).
     """
-    size, crop = input_size(processor), bool(processor.do_center_crop)
+    size, crop = size or input_size(processor), bool(processor.do_center_crop)
     factor = processor.rescale_factor if processor.do_rescale else 1.0
     mean, std = [0.0] * 3, [1.0] * 3
     if processor.do_normalize:

@@ -1,5 +1,6 @@
 """A pretrained backbone with a new head, at the recipe's image size, and its image processor."""
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,7 +72,8 @@ def build_model(arguments: ModelArguments, labels: list[str]) -> PreTrainedModel
         else:
             model = _from_checkpoint(arguments, config)
         _set_attention(model, arguments.attention)
-        _check_output(model, arguments.image_size)
+        for size in training_sizes(arguments):
+            _check_output(model, size)
     if arguments.freeze_backbone:
         _freeze_backbone(model)
     return model
@@ -137,6 +139,23 @@ def load_model(name: str) -> tuple[PreTrainedModel, PilBackend]:
     return model.eval(), processor
 
 
+def training_sizes(arguments: ModelArguments) -> list[int]:
+    """Return the sizes, in pixels, of the images that a recipe trains at; the last is saved."""
+    return list((arguments.image_size_schedule or {0: arguments.image_size}).values())
+
+
+def size_options(model: PreTrainedModel, size: int) -> dict[str, bool]:
+    """Return the arguments with which a model takes images of `size` pixels.
+
+    Some models (ViT) interpolate their position embeddings only when told to; others (DINOv2)
+    always do.
+    """
+    can_interpolate = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    own_size = _parts(model.config)[-1].to_dict().get("image_size")
+    differs = own_size not in (size, [size, size])
+    return {"interpolate_pos_encoding": True} if can_interpolate and differs else {}
+
+
 def _load_config(arguments: ModelArguments) -> PreTrainedConfig:
     """The backbone's config; UserError if it is of no model that this pipeline can train."""
     name = arguments.model or "model_config"
@@ -169,12 +188,13 @@ def _load_config(arguments: ModelArguments) -> PreTrainedConfig:
                     f'"{name}" takes rectangles ({" x ".join(map(str, sides))}), and this pipeline '
                     "trains on squares: choose another backbone."
                 )
-        if isinstance(patch, int) and arguments.image_size % patch:
-            below = arguments.image_size // patch * patch
-            raise UserError(
-                f"image_size is {arguments.image_size}, which patches of {patch} pixels don't "
-                f"divide; the nearest that they do are {below} and {below + patch}."
-            )
+        for size in training_sizes(arguments):
+            if isinstance(patch, int) and size % patch:
+                below = size // patch * patch
+                raise UserError(
+                    f"image_size is {size}, which patches of {patch} pixels don't divide; the "
+                    f"nearest that they do are {max(below, patch)} and {below + patch}."
+                )
     if arguments.drop_path_rate and "drop_path_rate" not in type(config)().to_dict():
         raise UserError(
             f'A model of type "{config.model_type}" has no drop_path_rate in its config: leave it '
@@ -235,7 +255,7 @@ def _check_output(model: PreTrainedModel, size: int) -> None:
     """Raise an error now, not in training, if the model gives no logits of such images."""
     mode = model.training
     with torch.no_grad():
-        output = model.eval()(torch.zeros(1, 3, size, size))
+        output = model.eval()(torch.zeros(1, 3, size, size), **size_options(model, size))
     model.train(mode)
     shape = getattr(getattr(output, "logits", None), "shape", None)
     if shape != (1, len(model.config.id2label)):

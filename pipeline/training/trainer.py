@@ -21,6 +21,7 @@ from pipeline.recipe import Recipe
 from pipeline.recipe_checks import METRICS
 from pipeline.training.callbacks import ProgressLines, StopOnDivergence, StopOnSignal, WallClock
 from pipeline.training.checkpoints import restore
+from pipeline.training.model import size_options
 from pipeline.training.optimizer import parameter_groups
 
 
@@ -100,17 +101,24 @@ class ImageTrainer(Trainer):
         )
         if not self.model.training:
             return {"pixel_values": preprocess(images, self.processing_class), "labels": labels}
+        size = self.training_size()
         options = self.recipe.augmentation
         # Drawn from the CPU's state, which checkpoints hold, and different in each process.
         seed = int(torch.randint(2**62, ()).item()) + self.args.process_index
         generator = self.generator.manual_seed(seed)
         images = augment(images, options.horizontal_flip, options.random_crop_padding, generator)
-        images = preprocess(images, self.processing_class)
+        images = preprocess(images, self.processing_class, size)
         if options.mixup or options.cutmix:
             classes = self.model.config.num_labels
             draws = torch.Generator().manual_seed(seed ^ 2**62)  # on the CPU: the device goes on
             images, labels = mix(images, labels, classes, options.mixup, options.cutmix, draws)
-        return {"pixel_values": images, "labels": labels}
+        return {"pixel_values": images, "labels": labels} | size_options(self.model, size)
+
+    def training_size(self) -> int:
+        """Return the image size, in pixels, of the step that comes next."""
+        options, done = self.recipe.model, self.state.global_step / self.state.max_steps
+        schedule = options.image_size_schedule or {0: options.image_size}
+        return next(size for share, size in reversed(schedule.items()) if share <= done)
 
     def loss(self, outputs, labels, num_items_in_batch=None) -> torch.Tensor:
         """Return the cross-entropy over the images of all processes and accumulated batches.

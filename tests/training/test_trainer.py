@@ -16,6 +16,7 @@ import train_vit
 from launching import two_processes
 from pipeline.data.loading import load_splits
 from pipeline.errors import UserError
+from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.metrics import wilson_interval
 from pipeline.recipe import load_recipe
 from pipeline.training.checkpoints import last_checkpoint
@@ -64,35 +65,78 @@ def test_a_run_without_validation_ends_too(tiny_recipe, capsys):
     assert "not validated" in capsys.readouterr().out
 
 
+SCHEDULE = ["--image_size_schedule={0: 16, 0.34: 32, 0.67: 48}", "--image_size=48"]
+
+
 @pytest.mark.slow
-def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tiny_recipe, here):
+@pytest.mark.parametrize(
+    ("options", "kill_after"), [([], [5]), (SCHEDULE, [5, 20, 35])], ids=["one size", "schedule"]
+)
+def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(
+    tiny_recipe, here, options, kill_after
+):
     # 22 steps an epoch, a checkpoint every 5: killed and resumed in mid-epoch.
     steps = ["--eval_strategy=steps", "--eval_steps=5", "--save_strategy=steps", "--save_steps=5"]
-    settings = [*steps, "--num_train_epochs=2", "--logging_steps=5"]
+    settings = [*steps, "--num_train_epochs=2", "--logging_steps=5", *options]
     train(load_recipe(tiny_recipe, settings, "whole"))
 
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, "--recipe", tiny_recipe, "--run=killed", *settings],
-        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
     folder = here / "models/checkpoints/killed"
-    deadline = time.monotonic() + 120
-    while not any(folder.glob("checkpoint-*/trainer_state.json")):
-        assert process.poll() is None, "it ended before its first checkpoint"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (here / "models/killed").exists()
-    resumed_at = int(last_checkpoint(folder).name.split("-")[1])
-    assert 0 < resumed_at < 44
-    assert resumed_at != 22
+    for step in kill_after:
+        process = subprocess.Popen(
+            [sys.executable, SCRIPT, "--recipe", tiny_recipe, "--run=killed", *settings],
+            env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 120
+        while not (folder / f"checkpoint-{step}/trainer_state.json").exists():
+            assert process.poll() is None, f"it ended before the checkpoint of step {step}"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert not (here / "models/killed").exists()
+        assert last_checkpoint(folder) in (
+            folder / f"checkpoint-{step}", folder / f"checkpoint-{step + 5}"
+        )  # fmt: skip
 
     summary = train(load_recipe(tiny_recipe, settings, "killed"))
     assert summary["steps"] == 44
     assert_equal(weights(here / "models/killed"), weights(here / "models/whole"))
+
+
+def test_a_schedule_trains_at_its_sizes_and_saves_the_last(tiny_recipe, here, monkeypatch):
+    sizes = []
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        sizes.append(self._prepare_inputs(inputs)["pixel_values"].shape[-1])
+        return Trainer.training_step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(ImageTrainer, "training_step", training_step)
+    train(load_recipe(tiny_recipe, ["--max_steps=9", *SCHEDULE], "run"))
+    assert sizes == [16] * 4 + [32] * 3 + [48] * 2
+    assert json.loads((here / "models/run/config.json").read_text())["image_size"] == 48
+    assert evaluate("models/run", load_recipe(tiny_recipe).data)["model"]["image_size"] == 48
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ("{0: 16, 0.5: 32}", r"ends at 32 pixels, and image_size is 48"),
+        ("{0.1: 16, 0.5: 48}", r"from 0 upwards"),
+        ("{0: 16, 0.5: 32, 0.4: 48}", r"from 0 upwards"),
+        ("{0: 16, 1.0: 48}", r"from 0 upwards"),
+        ("[16, 48]", r"write sizes in pixels"),
+        ("{0: small, 0.5: 48}", r"write sizes in pixels"),
+        ("{0: 20, 0.5: 48}", r"patches of 16 pixels don't divide"),
+        ("{0: 8, 0.5: 48}", r"patches of 16 pixels don't divide"),
+        ("{0: 0, 0.5: 48}", r"write sizes in pixels"),
+    ],
+)
+def test_a_schedule_that_can_not_be_followed_is_one_sentence(tiny_recipe, schedule, message):
+    with pytest.raises(UserError, match=message):
+        options = ["--max_steps=9", f"--image_size_schedule={schedule}", "--image_size=48"]
+        train(load_recipe(tiny_recipe, options, "run"))
 
 
 @pytest.fixture(params=["vit", "dinov2"])
