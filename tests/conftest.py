@@ -6,11 +6,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
-# Before any library reads them: caches of the tests' own, no Hub.
+# Before any library reads them: caches of the tests' own, no Hub, one thread for each process of
+# `pytest -n`.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import datasets
 import pytest
