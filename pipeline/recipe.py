@@ -36,7 +36,8 @@ NON_SEMANTIC_KEYS = {
     "num_proc", "attention", "logging_steps", "save_total_limit", "disable_tqdm", "report_to",
     "torch_compile", "per_device_eval_batch_size", "early_stopping_patience",
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
-    "dataloader_prefetch_factor",
+    "dataloader_prefetch_factor", "run_name", "project", "trackio_space_id", "trackio_bucket_id",
+    "trackio_static_space_id",
 }  # fmt: skip
 
 
@@ -238,6 +239,7 @@ def load_recipe(name: str, overrides: list[str] = (), run: str | None = None) ->
     if "greater_is_better" not in (*settings, *given):
         metric = (training.metric_for_best_model or "").removeprefix("eval_")
         training.greater_is_better = metric not in LOWER_IS_BETTER
+    training.run_name = training.run_name or run  # in the dashboards of report_to
     recipe = Recipe(run, *groups, training, resolved)
     check_values(recipe)
     return recipe

@@ -124,6 +124,7 @@ def _summarize(trainer: ImageTrainer, recipe: Recipe) -> dict:
         images = len(trainer.train_dataset)
     return {
         "run": recipe.run,
+        "dashboard": trainer.args.trackio_space_id,  # shown in the card if it is public
         "model_folder": str(recipe.model_folder),
         "best_step": step,
         "validation_accuracy": saved.get("eval_accuracy"),
