@@ -6,11 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     PreTrainedConfig,
@@ -23,25 +20,22 @@ from transformers.utils import logging
 from pipeline.data.transforms import input_size
 from pipeline.errors import UserError
 from pipeline.recipe import ModelArguments
-from pipeline.runs import hub_commit, is_local, split_revision
+from pipeline.runs import split_revision
 from pipeline.training.backbone import carry_over, check_weights, fixed_size_config, head_names
+from pipeline.training.config import (
+    check_exists,
+    config_parts,
+    explained,
+    load_config,
+    set_image_size,
+    set_output_options,
+    training_sizes,
+)
 from pipeline.training.processor import is_reproduced, plain_processor
 
 # On a CPU, eager attention is faster up to about 100 patches and as fast at 196; beyond, the
 # attention matrices take much memory.
 EAGER_PATCHES = 256
-# What a checkpoint's config may have otherwise, and would change what a classifier gives.
-OUTPUT_OPTIONS = {
-    "return_dict": True,
-    "output_hidden_states": False,
-    "output_attentions": False,
-    "problem_type": None,
-}
-# What transformers raises for a config, a checkpoint or an image that a model can't take.
-MODEL_ERRORS = (
-    OSError, ImportError, ValueError, TypeError, LookupError, AttributeError, RuntimeError,
-    StrictDataclassError,
-)  # fmt: skip
 
 
 def build_model(arguments: ModelArguments, labels: list[str]) -> PreTrainedModel:
@@ -59,15 +53,15 @@ def build_model(arguments: ModelArguments, labels: list[str]) -> PreTrainedModel
         UserError: The backbone does not exist, can't classify images of this size, or its
             checkpoint does not hold all of its weights.
     """
-    config = _load_config(arguments)
+    config = load_config(arguments)
     config.num_labels = len(labels)  # also a field of its own, in PVT
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
     if arguments.drop_path_rate:
         config.drop_path_rate = arguments.drop_path_rate
-    with _explained("build a classifier from", arguments.model or "model_config"):
+    with explained("build a classifier from", arguments.model or "model_config"):
         if arguments.model is None:
-            _set_image_size(config, arguments.image_size)
+            set_image_size(config, arguments.image_size)
             model = AutoModelForImageClassification.from_config(config)
         else:
             model = _from_checkpoint(arguments, config)
@@ -91,11 +85,11 @@ def build_processor(arguments: ModelArguments) -> PilBackend:
     if arguments.resize not in ("squash", "crop"):
         raise UserError(f'resize is "{arguments.resize}"; choose squash or crop.')
     crop, half = arguments.resize == "crop", [0.5, 0.5, 0.5]
-    _load_config(arguments)  # refused before the images are decoded
+    load_config(arguments)  # refused before the images are decoded
     if arguments.model is None:
         source = ViTImageProcessorPil(image_mean=half, image_std=half)
         return plain_processor(source, arguments.image_size, crop, "model_config")
-    with _explained("load the image processor of", arguments.model):
+    with explained("load the image processor of", arguments.model):
         source = AutoImageProcessor.from_pretrained(
             os.path.expanduser(arguments.model), revision=arguments.model_revision, backend="pil",
             trust_remote_code=False,
@@ -114,9 +108,9 @@ def load_model(name: str) -> tuple[PreTrainedModel, PilBackend]:
             processor takes steps that `preprocess` does not reproduce.
     """
     name, revision = split_revision(name)
-    _check_exists(name, revision)
+    check_exists(name, revision)
     options = {"revision": revision, "trust_remote_code": False}
-    with _explained("load the model", name), _quiet():
+    with explained("load the model", name), _quiet():
         folder = os.path.expanduser(name)
         model, info = AutoModelForImageClassification.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, **options
@@ -132,16 +126,11 @@ def load_model(name: str) -> tuple[PreTrainedModel, PilBackend]:
             f'The image processor of "{name}", {type(processor).__name__}, takes steps that this '
             "pipeline does not reproduce: fine-tune the model here, which gives it a plain one."
         )
-    _set_options(model.config)
-    with _explained("use the model", name):
+    set_output_options(model.config)
+    with explained("use the model", name):
         _set_attention(model, "auto")
         _check_output(model, input_size(processor))
     return model.eval(), processor
-
-
-def training_sizes(arguments: ModelArguments) -> list[int]:
-    """Return the sizes, in pixels, of the images that a recipe trains at; the last is saved."""
-    return list((arguments.image_size_schedule or {0: arguments.image_size}).values())
 
 
 def size_options(model: PreTrainedModel, size: int) -> dict[str, bool]:
@@ -151,57 +140,9 @@ def size_options(model: PreTrainedModel, size: int) -> dict[str, bool]:
     always do.
     """
     can_interpolate = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-    own_size = _parts(model.config)[-1].to_dict().get("image_size")
+    own_size = config_parts(model.config)[-1].to_dict().get("image_size")
     differs = own_size not in (size, [size, size])
     return {"interpolate_pos_encoding": True} if can_interpolate and differs else {}
-
-
-def _load_config(arguments: ModelArguments) -> PreTrainedConfig:
-    """The backbone's config; UserError if it is of no model that this pipeline can train."""
-    name = arguments.model or "model_config"
-    with _explained("build a classifier from", name):
-        if arguments.model is None:
-            config = AutoConfig.for_model(**arguments.model_config)
-        else:
-            _check_exists(name, arguments.model_revision)
-            config = AutoConfig.from_pretrained(
-                os.path.expanduser(name), revision=arguments.model_revision, trust_remote_code=False
-            )
-        classes = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None)
-        if classes is None:
-            raise UserError(
-                f'transformers has no image classifier of the type "{config.model_type}" ("{name}")'
-                ": choose another backbone, such as facebook/dinov2-small."
-            )
-        # The first one: it has one head, where DeiT's and LeViT's "with teacher" have two.
-        model_class = classes[0] if isinstance(classes, tuple) else classes
-        config.architectures = [model_class.__name__]
-        if model_class.main_input_name != "pixel_values":
-            raise UserError(f'"{name}" ({model_class.__name__}) does not take an image\'s pixels.')
-    for part in _parts(config):
-        channels, patch = getattr(part, "num_channels", 3), getattr(part, "patch_size", None)
-        if channels != 3:
-            raise UserError(f'"{name}" takes images of {channels} channels; these have 3.')
-        for sides in (getattr(part, "image_size", None), patch):
-            if isinstance(sides, list | tuple) and len(set(sides)) > 1:
-                raise UserError(
-                    f'"{name}" takes rectangles ({" x ".join(map(str, sides))}), and this pipeline '
-                    "trains on squares: choose another backbone."
-                )
-        for size in training_sizes(arguments):
-            if isinstance(patch, int) and size % patch:
-                below = size // patch * patch
-                raise UserError(
-                    f"image_size is {size}, which patches of {patch} pixels don't divide; the "
-                    f"nearest that they do are {max(below, patch)} and {below + patch}."
-                )
-    if arguments.drop_path_rate and "drop_path_rate" not in type(config)().to_dict():
-        raise UserError(
-            f'A model of type "{config.model_type}" has no drop_path_rate in its config: leave it '
-            "out, or choose a backbone that has it (DINOv2, BEiT, Swin, ConvNeXt)."
-        )
-    _set_options(config)
-    return config
 
 
 def _from_checkpoint(arguments: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
@@ -216,33 +157,16 @@ def _from_checkpoint(arguments: ModelArguments, config: PreTrainedConfig) -> Pre
         )
     check_weights(source, info)
     config = fixed_size_config(source.config)
-    _set_image_size(config, arguments.image_size)
+    set_image_size(config, arguments.image_size)
     model = AutoModelForImageClassification.from_config(config)  # with a new head
     carry_over(source, model)
     return model
 
 
-def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
-    """The config, and that of the vision model in it (CLIP, SigLIP)."""
-    return [config, *([config.vision_config] if hasattr(config, "vision_config") else [])]
-
-
-def _set_image_size(config: PreTrainedConfig, size: int) -> None:
-    part = _parts(config)[-1]
-    is_pair = isinstance(getattr(part, "image_size", None), list | tuple)  # Hiera
-    part.image_size = [size, size] if is_pair else size
-
-
-def _set_options(config: PreTrainedConfig) -> None:
-    for part in _parts(config):
-        for name, value in OUTPUT_OPTIONS.items():
-            setattr(part, name, value)
-
-
 def _set_attention(model: PreTrainedModel, implementation: str) -> None:
     """`auto`: eager for few patches on a CPU; otherwise the model's own, sdpa where it has that."""
     if implementation == "auto":
-        config = _parts(model.config)[-1]
+        config = config_parts(model.config)[-1]
         patch = getattr(config, "patch_size", None)
         few = isinstance(patch, int) and (config.image_size // patch) ** 2 <= EAGER_PATCHES
         if torch.accelerator.is_available() or not few:
@@ -277,24 +201,6 @@ def _freeze_backbone(model: PreTrainedModel) -> None:
 def _use_running_statistics(module: nn.Module, inputs: tuple) -> None:
     # Again at each step, since the Trainer sets the whole model to training.
     module.eval()
-
-
-def _check_exists(name: str, revision: str | None) -> None:
-    if not is_local(name):
-        hub_commit("model", name, revision)
-
-
-@contextmanager
-def _explained(action: str, name: str) -> Iterator[None]:
-    """One sentence for what transformers raises."""
-    try:
-        yield
-    except MODEL_ERRORS as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        # How to install a package comes in the next lines.
-        reason = " ".join(" ".join(lines if isinstance(error, ImportError) else lines[:1]).split())
-        name = name if name == "model_config" else f'"{name}"'
-        raise UserError(f"Cannot {action} {name}: {reason}") from None
 
 
 @contextmanager
