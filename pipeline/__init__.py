@@ -1,1 +1,1 @@
-"""Fine-tune a Vision Transformer on images, and measure what came of it."""
+"""Fine-tune image classifiers, evaluate them, explain them and publish them."""

@@ -50,7 +50,7 @@ def test_faithfulness_is_the_same_for_the_same_seed(model):
     assert first != measure_faithfulness(*model, test, 20, head=0, seed=1)
     assert set(first["methods"]) == {"mean", "head", "rollout", "relevance", "random"}
     for curve in first["curves"].values():
-        # Whole at one end, grey at the other, whatever the order.
+        # Whole at one end, gray at the other, whatever the order.
         assert curve["deletion"][0] == pytest.approx(curve["insertion"][-1], abs=1e-5)
         assert curve["deletion"][-1] == pytest.approx(curve["insertion"][0], abs=1e-5)
 
