@@ -4,7 +4,6 @@ Its keys are the fields of the dataclasses here and of transformers' `TrainingAr
 sets the defaults of one `HfArgumentParser`, so that a value means the same in both places.
 """
 
-import json
 import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -15,7 +14,12 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from pipeline.errors import UserError
-from pipeline.recipe_checks import LOWER_IS_BETTER, check_keys, check_values
+from pipeline.recipe_checks import (
+    LOWER_IS_BETTER,
+    NON_SEMANTIC_KEYS,
+    check_keys,
+    check_values,
+)
 from pipeline.runs import MODELS, check_run_name, model_file, pin
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -31,14 +35,6 @@ DEFAULTS = {
 # Under a streamed one, which has no epochs: validate and save ten times.
 STREAMING_DEFAULTS = dict.fromkeys(("eval_strategy", "save_strategy"), "steps")
 STREAMING_DEFAULTS |= dict.fromkeys(("eval_steps", "save_steps"), 0.1)
-# Settings of speed, place and reporting: a run may be resumed under others.
-NON_SEMANTIC_KEYS = {
-    "num_proc", "attention", "logging_steps", "save_total_limit", "disable_tqdm", "report_to",
-    "torch_compile", "per_device_eval_batch_size", "early_stopping_patience",
-    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
-    "dataloader_prefetch_factor", "run_name", "project", "trackio_space_id", "trackio_bucket_id",
-    "trackio_static_space_id",
-}  # fmt: skip
 
 
 @dataclass
@@ -54,9 +50,7 @@ class DataArguments:
     image_column: str | None = HfArg(default=None, help="default: the only one")
     label_column: str | None = HfArg(default=None, help="default: the only one")
     train_split: str = HfArg(default="train", help="the split to train on")
-    test_split: str = HfArg(
-        default="test", help="the split to evaluate; split off train if there is none"
-    )
+    test_split: str = HfArg(default="test", help="the one to evaluate; if missing, part of train")
     validation_split: str | None = HfArg(
         default=None, help="the split that picks the checkpoint (default: validation, or none)"
     )
@@ -86,25 +80,17 @@ class ModelArguments:
     image_size_schedule: dict | str | None = HfArg(
         default=None, help="sizes to train at, by the share of the steps done: {0: 56, 0.5: 98}"
     )
-    resize: str = HfArg(
-        default="squash", help="squash the whole image to a square, or crop its center"
-    )
+    resize: str = HfArg(default="squash", help="squash images to squares, or crop their center")
     attention: str = HfArg(
         default="auto", help="implementation in training: sdpa, eager, or auto, the faster one here"
     )
     freeze_backbone: bool = HfArg(default=False, help="train only the head")
-    drop_path_rate: float = HfArg(
-        default=0.0, help="stochastic depth, for models whose config has it"
-    )
-    layer_decay: float = HfArg(
-        default=1.0, help="learning rate of a layer over that of the next one"
-    )
+    drop_path_rate: float = HfArg(default=0.0, help="stochastic depth, where the config has it")
+    layer_decay: float = HfArg(default=1.0, help="a layer's learning rate over the next one's")
 
     def __post_init__(self):
-        if isinstance(self.model_config, str):
-            self.model_config = json.loads(self.model_config)
-        if isinstance(self.image_size_schedule, str):
-            self.image_size_schedule = yaml.safe_load(self.image_size_schedule)
+        self.model_config = _parse(self.model_config)
+        self.image_size_schedule = _parse(self.image_size_schedule)
         if self.model_config is not None:
             self.model = self.model_revision = None
 
@@ -131,8 +117,7 @@ class ObjectiveArguments:
     )
 
     def __post_init__(self):
-        if isinstance(self.class_weights, str) and self.class_weights.startswith("{"):
-            self.class_weights = json.loads(self.class_weights)
+        self.class_weights = _parse(self.class_weights)
 
 
 RECIPE_GROUPS = (DataArguments, ModelArguments, AugmentationArguments, ObjectiveArguments)
@@ -176,6 +161,11 @@ class Recipe:
     def save(self, folder: Path) -> None:
         text = yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True)
         (folder / "recipe.yaml").write_text(text, "utf-8")
+
+
+def _parse(value):
+    """A mapping that the command line gives as YAML or JSON."""
+    return yaml.safe_load(value) if isinstance(value, str) else value
 
 
 class _Parser(HfArgumentParser):
@@ -227,7 +217,8 @@ def load_recipe(name: str, overrides: list[str] = (), run: str | None = None) ->
         *groups, training, unknown = parser.parse_args_into_dataclasses(
             args, return_remaining_strings=True
         )
-    except (ValueError, TypeError, ImportError) as error:  # TrainingArguments' own checks
+    # TrainingArguments checks its values too.
+    except (ValueError, TypeError, ImportError, yaml.YAMLError) as error:
         raise UserError(f"Recipe: {error}") from None
     if unknown:
         raise UserError(f'Cannot read "{unknown[0]}"; settings are given as --key=value.')

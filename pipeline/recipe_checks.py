@@ -33,6 +33,14 @@ HUB_TRAINING_KEYS = {
     "eval_steps", "save_strategy", "save_steps", "load_best_model_at_end", "metric_for_best_model",
     "greater_is_better", "gradient_checkpointing",
 }  # fmt: skip
+# Settings of speed, place and reporting: a run may be resumed under others.
+NON_SEMANTIC_KEYS = {
+    "num_proc", "attention", "logging_steps", "save_total_limit", "disable_tqdm", "report_to",
+    "torch_compile", "per_device_eval_batch_size", "early_stopping_patience",
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
+    "dataloader_prefetch_factor", "run_name", "project", "trackio_space_id", "trackio_bucket_id",
+    "trackio_static_space_id",
+}  # fmt: skip
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "nll", "loss")
 LOWER_IS_BETTER = ("nll", "loss")
 # By the range that the values must be in: the words for it, the check, the keys.

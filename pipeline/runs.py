@@ -235,7 +235,8 @@ def hardware() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text("utf-8").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{torch.get_num_threads()} cores of {names[0] if names else cpu}"
+    count = torch.get_num_threads()
+    return f"{count} core{'s' * (count > 1)} of {names[0] if names else cpu}"
 
 
 def code_revision() -> str | None:

@@ -15,10 +15,10 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "space/R
 # British spelling.
 REJECTED = re.compile(
     r"\b(surest|familiarity|carv(e|ed|ing)|in one word|with a word|no whole model|what came of it"
-    r"|out of one machine|licen[c]e[sd]?|colou[r]s?|behaviou[r]s?|favou[r]\w*|norma[l]ise\w*"
-    r"|recogni[s]e\w*|initiali[s]e\w*|optimi[s]e\w*|visuali[s]e\w*|cent[r]e[sd]?|gre[y]s?"
+    r"|out of one machine|licence[sd]?|colours?|behaviours?|favour\w*|normalise\w*"
+    r"|recognise\w*|initialise\w*|optimise\w*|visualise\w*|centre[sd]?|greys?"
     r"|chances are|by the way|scarcely|whilst|hitherto)\b"
-)  # the brackets keep this file from finding itself
+)
 PROSE = (".md", ".py", ".yaml", ".toml", ".css", ".ipynb")
 
 
@@ -29,7 +29,8 @@ FOLDERS = (
 
 def prose_files() -> list[Path]:
     files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
-    return [path for path in [*ROOT.iterdir(), *files] if path.suffix in PROSE and path.is_file()]
+    files = [path for path in [*ROOT.iterdir(), *files] if path.suffix in PROSE and path.is_file()]
+    return [path for path in files if path != Path(__file__)]
 
 
 def anchors(text: str) -> set[str]:

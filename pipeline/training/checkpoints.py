@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from pipeline.errors import UserError
-from pipeline.recipe import NON_SEMANTIC_KEYS, RECIPE_DEFAULTS, Recipe
+from pipeline.recipe import RECIPE_DEFAULTS, Recipe
+from pipeline.recipe_checks import NON_SEMANTIC_KEYS
 from pipeline.runs import read_json, write_json
 
 

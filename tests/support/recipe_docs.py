@@ -3,7 +3,8 @@
 from dataclasses import fields
 from pathlib import Path
 
-from pipeline.recipe import DEFAULTS, NON_SEMANTIC_KEYS, RECIPE_GROUPS
+from pipeline.recipe import DEFAULTS, RECIPE_GROUPS
+from pipeline.recipe_checks import NON_SEMANTIC_KEYS
 
 FILE = Path(__file__).parents[2] / "docs/recipes.md"
 HEADER = """\
