@@ -23,7 +23,7 @@ from benchmarks import example
 from benchmarks.machine import DEVICE, gflop_per_image
 from pipeline.data.decoding import DecodedImages, decode
 from pipeline.data.loading import load_raw, load_split
-from pipeline.data.transforms import input_size, preprocess
+from pipeline.data.transforms import preprocess
 from pipeline.evaluation.evaluate import evaluate, predict
 from pipeline.evaluation.metrics import wilson_interval
 from pipeline.recipe import DataArguments, ModelArguments, Recipe, load_recipe
@@ -46,7 +46,7 @@ def prepare_data(args: Namespace) -> list[dict]:
     batches = 8 * [rows.tolist() for rows in torch.arange(len(raw)).split(50)]
 
     def ours() -> None:
-        images = DecodedImages(decode(raw, 224, processor.resample))
+        images = DecodedImages(decode(raw, processor))
         for rows in batches:
             preprocess(images.batch(rows)["pixel_values"].to(DEVICE), processor).sum().item()
 
@@ -108,7 +108,7 @@ def equal_time(args: Namespace) -> list[dict]:
         trainer.add_callback(clock)
         trainer.train()
         processor = trainer.processing_class
-        test = load_split(ours.data, "test", input_size(processor), processor.resample)
+        test = load_split(ours.data, "test", processor)
         logits, labels = predict(trainer.model, processor, test, bf16=DTYPE == "bfloat16")
         wrong, total = int((logits.argmax(dim=1) != labels).sum()), len(labels)
         interval = [100 * bound for bound in wilson_interval(wrong, total)]
@@ -136,7 +136,7 @@ def score_split(args: Namespace) -> list[dict]:
     build_model(arguments, raw.features["label"].names).save_pretrained("scored")
     build_processor(arguments).save_pretrained("scored")
     network, processor = load_model("scored")
-    test, images = decode(raw, size, processor.resample), raw["image"][:]
+    test, images = decode(raw, processor), raw["image"][:]
     theirs = transformers.pipeline("image-classification", model="scored")
     sides = {"ours": lambda: predict(network, processor, test)}
     sides["example"] = lambda: [theirs(image) for image in images]

@@ -21,7 +21,6 @@ def main() -> None:
     # After the arguments: these take seconds to import.
     from pipeline import plots, runs
     from pipeline.data.loading import load_split
-    from pipeline.data.transforms import input_size
     from pipeline.explain import faithfulness, figures
     from pipeline.recipe import data_arguments
     from pipeline.training.model import load_model
@@ -34,10 +33,7 @@ def main() -> None:
     folder = runs.results_folder(name)
     if not args.images or args.rows or args.faithfulness != 0:
         data = data_arguments(name, args.dataset)
-        test = load_split(
-            data, "test", input_size(processor), processor.resample,
-            names=list(model.config.id2label.values()), crop=bool(processor.do_center_crop),
-        )  # fmt: skip
+        test = load_split(data, "test", processor, names=list(model.config.id2label.values()))
         rows = args.rows
         if not (rows or args.images):
             results = runs.read_json(folder / "evaluation_results.json")

@@ -6,19 +6,21 @@ used, or an error names it.
 """
 
 import glob
-import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import datasets
 import fsspec
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, Value
+from datasets.fingerprint import Hasher
+from huggingface_hub import HfFileSystem
 from PIL import Image
 
-from pipeline.data.tables import SPLIT_WORDS, TABLES, ImageFile, read_rows, split_word
+from pipeline.data.splits import SPLIT_WORDS
+from pipeline.data.tables import TABLES, ImageFile, read_rows, split_word
 from pipeline.errors import UserError, shorten
 from pipeline.recipe import DataArguments
 
@@ -27,40 +29,68 @@ READABLE = {suffix for suffix, kind in Image.registered_extensions().items() if 
 READABLE -= {".eps", ".ps", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr", ".wmf", ".emf"}
 UNREADABLE = {".heic", ".heif", ".hif", ".jxl", ".svg", ".eps", ".dng", ".cr2", ".nef", ".arw"}
 UNREADABLE -= READABLE  # a plugin of Pillow may read them
+IMAGES = READABLE | UNREADABLE
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # known without their extension
 DATA_FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst")
 NOT_IMAGES = {*TABLES, *DATA_FILES, *ARCHIVES, ".txt", ".xml", ".json", ".md", ".npy", ".yaml"}
 
 
-def list_files(root: Path) -> list[Path]:
-    """Return all files below a folder, relative to it and sorted; linked folders are followed.
+def load_folder(root: Path, data: DataArguments) -> dict[str, Dataset]:
+    """Load a folder's splits, undecoded: images with text columns, or the columns of data files.
+
+    Args:
+        root: A folder of images: split folders, class folders and tables (CSV, JSON Lines) that
+            name the files, each of them optional; or a folder of parquet, arrow or tar files.
+        data: For `label_column` and `streaming`.
 
     Raises:
-        UserError: A folder is empty, or there are image files that can't be read.
+        UserError: A file or folder is left over, or it is not clear what it means.
     """
-    files, empty = [], []
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        resolved = Path(folder).resolve()
-        subfolders[:] = [
-            name
-            for name in subfolders
-            if not name.startswith((".", "__"))
-            and not resolved.is_relative_to((resolved / name).resolve())
-        ]
-        names = [name for name in names if name[0] != "."]
-        files += [Path(folder, name).relative_to(root) for name in names]
-        if not names and not subfolders:
-            empty.append(Path(folder).relative_to(root))
-    if empty:
-        raise UserError(f'In "{root}", folders are empty: {shorten(empty)}. Fill or remove them.')
-    if broken := sorted(path for path in files if not (root / path).exists()):
-        raise UserError(f'In "{root}", links lead nowhere: {shorten(broken)}. Mend or remove them.')
-    if unreadable := sorted(path for path in files if path.suffix.lower() in UNREADABLE):
+    files = list_files(root)
+    paths = [path for path in files if is_image(root, path)]
+    packed = {*ARCHIVES, ".tar"} if paths else ARCHIVES
+    if archives := [path for path in files if path.suffix.lower() in packed]:
+        raise UserError(f'"{root}" holds archives ({shorten(archives)}): unpack and remove them.')
+    if paths:
+        images = _sort_into_splits(root, paths)
+        _label(root, images, files, data.label_column)
+        return _as_datasets(root, images)
+    splits, kinds = defaultdict(list), set()
+    for path in files:
+        if path.suffix.lower() in DATA_FILES:
+            splits[split_word(path)].append(str(root / path))
+            kinds.add(DATA_FILES[path.suffix.lower()])
+    if len(kinds) != 1:
         raise UserError(
-            f'In "{root}", Pillow cannot read {shorten(unreadable)}: convert them to PNG or JPEG.'
+            f'"{root}" holds {"files of several kinds" if kinds else "no images"}: give it images, '
+            "or files of one kind (parquet, arrow or tar)."
         )
-    return sorted(files)
+    if None in splits and len(splits) > 1:
+        raise UserError(
+            f"The names of {shorten(splits[None])} do not say to which split they belong: put "
+            "train-, validation- or test- in front."
+        )
+    splits = {split or "train": paths for split, paths in splits.items()}
+    return load_files(kinds.pop(), splits, data.streaming)
+
+
+def list_files(root: Path) -> list[Path]:
+    """Return all files below a folder, relative to it, sorted, also those in linked folders."""
+    found = [Path(path) for path in glob.glob("**", root_dir=root, recursive=True)]
+    found = [path for path in found if not any(part.startswith("__") for part in path.parts)]
+    folders = {path for path in found if (root / path).is_dir()}
+    files = sorted(set(found) - folders)
+    broken = [path for path in files if not (root / path).exists()]
+    unreadable = [path for path in files if path.suffix.lower() in UNREADABLE]
+    for problem, paths, advice in (
+        ("folders are empty", sorted(folders - {path.parent for path in found}), "fill or remove"),
+        ("links lead nowhere", broken, "mend or remove"),
+        ("Pillow cannot read files", unreadable, "convert to PNG or JPEG"),
+    ):
+        if paths:
+            raise UserError(f'In "{root}", {problem}: {shorten(paths)}; {advice} them.')
+    return files
 
 
 def is_image(root: Path, path: Path) -> bool:
@@ -75,101 +105,66 @@ def is_image(root: Path, path: Path) -> bool:
         return False
 
 
-def load_folder(root: Path, data: DataArguments) -> dict[str, Dataset]:
-    """Load a folder's splits, undecoded.
-
-    Args:
-        root: A folder of images: split folders, class folders and tables (CSV, JSON Lines) that
-            name the files, each of them optional; or a folder of parquet, arrow or tar files.
-        data: For `label_column` and `streaming`.
-
-    Returns:
-        Splits by name ("train", "validation", "test"): images with text columns, or the columns of
-        the data files.
-
-    Raises:
-        UserError: A file or folder is left over, or it is not clear what it means.
-    """
-    files = list_files(root)
-    paths = [path for path in files if is_image(root, path)]
-    packed = {*ARCHIVES, ".tar"} if paths else ARCHIVES
-    if archives := [path for path in files if path.suffix.lower() in packed]:
-        raise UserError(
-            f'"{root}" holds archives ({shorten(archives)}): unpack what they hold, and move them '
-            "elsewhere."
-        )
-    if paths:
-        images = _sort_into_splits(root, paths)
-        _label(root, images, files, data.label_column)
-        return _as_datasets(root, images)
-    files = [path for path in files if path.suffix.lower() in DATA_FILES]
-    kinds = {DATA_FILES[path.suffix.lower()] for path in files}
-    if len(kinds) != 1:
-        raise UserError(
-            f'"{root}" holds {"files of several kinds" if kinds else "no images"}: give it images, '
-            "or files of one kind (parquet, arrow or tar)."
-        )
-    return load_files(kinds.pop(), _split_files(root, files), data.streaming)
-
-
 def load_files(kind: str, files: dict[str, list[str]], streaming: bool) -> dict[str, Dataset]:
-    """Load data files of one kind, each split by itself: its labels may be numbered in its own way.
-
-    Raises:
-        UserError: Local parquet files of one split number the classes in several ways.
-    """
+    """Load data files of one kind, each split by itself, whose classes have numbers of its own."""
+    splits = {}
     for split, paths in files.items():
-        if kind != "parquet" or "://" in paths[0]:  # there, each footer takes a request
-            continue
-        numbering = class_labels(paths[0])
-        for path in paths[1:]:
-            if class_labels(path) != numbering:
-                raise UserError(
-                    f'Two files of the split "{split}" number their classes differently: '
-                    f"{paths[0]} and {path}. Write them with one ClassLabel."
-                )
-    return {
-        split: datasets.load_dataset(
-            kind, data_files={split: [glob.escape(path) for path in paths]}, split=split,
-            streaming=streaming,
+        is_local = "://" not in paths[0]  # elsewhere, each footer takes a request
+        if kind == "parquet" and is_local and numbers_differ(paths):
+            raise UserError(
+                f'Files of the split "{split}" number their classes differently: {shorten(paths)}. '
+                "Write them with one ClassLabel."
+            )
+        files = {split: [glob.escape(path) for path in paths]}
+        splits[split] = datasets.load_dataset(
+            kind, data_files=files, split=split, streaming=streaming
         )
-        for split, paths in files.items()
-    }  # fmt: skip
+    return splits
 
 
-def class_labels(path: str) -> dict[str, list[str]]:
-    """Return the names of the classes by column, as the footer of a parquet file has them."""
-    with fsspec.open(path, "rb") as file:
-        features = Features.from_arrow_schema(pq.read_schema(file))
-    return {name: kind.names for name, kind in features.items() if isinstance(kind, ClassLabel)}
+def check_all_used(name: str, files: dict[str, list[str]]) -> None:
+    """UserError for images that `datasets` leaves out beside those that it lists for the splits."""
 
+    def place(path: str) -> tuple:  # that of the class folder; a figure of the README is elsewhere
+        return Path(path).parts[:-2], len(Path(path).parts)
 
-def _split_files(root: Path, files: list[Path]) -> dict[str, list[str]]:
-    """Data files by split: by a split word in the name of the file or of a folder."""
-    splits = defaultdict(list)
-    for path in files:
-        splits[split_word(path)].append(path)
-    if None in splits and len(splits) > 1:
+    used = {path for paths in files.values() for path in paths}
+    places = {place(path) for path in used if Path(path).suffix.lower() in READABLE}
+    if not places:
+        return
+    if Path(name).is_dir():
+        listed = [f"{name}/{path}" for path in list_files(Path(name)) if is_image(Path(name), path)]
+    else:  # the URL of each file begins with hf://datasets/OWNER/NAME@COMMIT
+        listed = HfFileSystem().find("/".join(min(used).split("/")[:5]))
+        listed = [f"hf://{path}" for path in listed if Path(path).suffix.lower() in IMAGES]
+    unused = [path for path in listed if path not in used and place(path) in places]
+    if unused:
         raise UserError(
-            f'In "{root}", the names of {shorten(splits[None])} do not say to which split they '
-            "belong: put train-, validation- or test- in front."
+            f'"{name}" has {len(unused)} images that `datasets` does not load: {shorten(unused)}. '
+            "Correct data_files in its README.md, or load its files from a folder without it."
         )
-    return {name or "train": [str(root / path) for path in splits[name]] for name in splits}
+
+
+def numbers_differ(paths: list[str]) -> bool:
+    """Whether parquet files number their classes in several ways, as their footers have it."""
+    seen = []
+    for path in paths:
+        with fsspec.open(path, "rb") as file:
+            kinds = Features.from_arrow_schema(pq.read_schema(file)).items()
+        seen.append({name: kind.names for name, kind in kinds if isinstance(kind, ClassLabel)})
+    return any(names != seen[0] for names in seen)
 
 
 def _sort_into_splits(root: Path, paths: list[Path]) -> list[ImageFile]:
     """Tell split folders and class folders by the places of the images."""
-    start, common = 0, paths[0].parts  # `start` folders are around everything
-    while all(len(p.parts) > start + 2 and p.parts[start] == common[start] for p in paths):
-        if common[start].lower() in SPLIT_WORDS:
-            break
-        start += 1
-    nested = [path for path in paths if len(path.parts) > start + 1]
-    words = sorted(
-        {path.parts[start] for path in nested if path.parts[start].lower() in SPLIT_WORDS}
-    )
-    others = [path for path in paths if path.parts[start] not in words]
-    if others and any(p.parts[start] in words and len(p.parts) > start + 2 for p in nested):
+    depth = max(0, min(len(path.parts) for path in paths) - 2)
+    around = Path(os.path.commonpath(paths)).parts[:depth]  # folders that hold everything
+    start = len([*takewhile(lambda name: name.lower() not in SPLIT_WORDS, around)])
+    below = {path: path.parts[start:] for path in paths}
+    words = {parts[0] for parts in below.values() if len(parts) > 1}
+    words = sorted(word for word in words if word.lower() in SPLIT_WORDS)
+    others = [path for path, parts in below.items() if parts[0] not in words]
+    if others and any(parts[0] in words and len(parts) > 2 for parts in below.values()):
         raise UserError(
             f'"{root}" has the split folders {", ".join(words)}, and images beside them: '
             f"{shorten(others)}. Put all images into split folders, or none."
@@ -178,56 +173,47 @@ def _sort_into_splits(root: Path, paths: list[Path]) -> list[ImageFile]:
     splits = {} if others else {word: SPLIT_WORDS[word.lower()] for word in words}
     if len(set(splits.values())) < len(splits):
         raise UserError(f'"{root}" has two folders of one split: {", ".join(splits)}. Join them.')
-    images = []
-    for path in paths:
-        folder = "/".join(path.parts[start + bool(splits) : -1])
-        images.append(ImageFile(path, splits.get(path.parts[start]), folder or None))
-    return images
+    return [
+        ImageFile(path, splits.get(parts[0]), "/".join(parts[bool(splits) : -1]) or None)
+        for path, parts in below.items()
+    ]
 
 
-def _label(root: Path, images: list[ImageFile], files: list[Path], label_column: str | None):
+def _label(root: Path, images: list[ImageFile], files: list[Path], column: str | None) -> None:
     """Label images by the tables that name them, or by their class folders."""
     tables = [root / path for path in files if path.suffix.lower() in TABLES]
     used = [path for path in tables if read_rows(root, images, path)]
     if not used and not any(image.folder for image in images):
         beside = sorted(path for path in root.parent.iterdir() if path.suffix.lower() in TABLES)
         used = [path for path in beside if read_rows(root, images, path)]
+    listed = [image for image in images if image.row is not None]
     if used:
-        _check_all(root, images, [image.row is not None for image in images], "a row in a table")
-    rows = [(image.row, image.folder) for image in images if image.row is not None]
-    columns = list(dict.fromkeys(name for row, _ in rows for name in row))
-    folders = sorted({str(image.folder) for image in images})
-    if (
-        not columns
-        or (label_column == "label" and "label" not in columns)
-        or any(all(row.get(name) == folder for row, folder in rows) for name in columns)
-    ):
-        _use_folders(root, images)
-    elif label_column is None and len(folders) > 1:
+        _check_rest(root, images, listed, "a row in a table")
+    columns = list(dict.fromkeys(name for image in listed for name in image.row))
+    by_folder = [all(i.row.get(name) == i.folder for i in listed) for name in columns]
+    if not columns or (column == "label" and "label" not in columns) or any(by_folder):
+        if nested := [image.path for image in images if "/" in (image.folder or "")]:
+            raise UserError(
+                f'In "{root}", images lie in folders inside of class folders: {shorten(nested)}. '
+                "Put all images of a class into one folder, or give their classes in a CSV."
+            )
+        _check_rest(root, images, [image for image in images if image.folder], "a class folder")
+        for image in images:
+            image.row = {"label": image.folder}
+    elif column is None and len(folders := {str(image.folder) for image in images}) > 1:
         raise UserError(
-            f'"{root}" has class folders ({shorten(folders)}) and the columns '
+            f'"{root}" has class folders ({shorten(sorted(folders))}) and the columns '
             f"{', '.join(columns)} in {used[0]}: choose one with --label_column, or the folders "
             "with --label_column=label."
         )
 
 
-def _use_folders(root: Path, images: list[ImageFile]) -> None:
-    if nested := [image.path for image in images if "/" in (image.folder or "")]:
-        raise UserError(
-            f'In "{root}", images lie in folders inside of class folders: {shorten(nested)}. Put '
-            "all images of a class into one folder, or give their classes in a CSV."
-        )
-    _check_all(root, images, [bool(image.folder) for image in images], "a class folder")
-    for image in images:
-        image.row = {"label": image.folder}
-
-
-def _check_all(root: Path, images: list[ImageFile], known: list[bool], source: str) -> None:
+def _check_rest(root: Path, images: list[ImageFile], known: list[ImageFile], source: str) -> None:
     """UserError unless all images of a split are known, or none of a split other than train."""
+    places = {image.path for image in known}
     for split in {image.split for image in images}:
-        members = [(image.path, k) for image, k in zip(images, known, strict=True)
-                   if image.split == split]  # fmt: skip
-        unknown = [path for path, is_known in members if not is_known]
+        members = [image.path for image in images if image.split == split]
+        unknown = [path for path in members if path not in places]
         if unknown and (len(unknown) < len(members) or split in (None, "train")):
             raise UserError(
                 f'In "{root}", {len(unknown)} images have no class: {shorten(unknown)} without '
@@ -238,34 +224,22 @@ def _check_all(root: Path, images: list[ImageFile], known: list[bool], source: s
 
 def _as_datasets(root: Path, images: list[ImageFile]) -> dict[str, Dataset]:
     """One dataset of paths and text columns per split, in the cache under their fingerprint."""
-    splits, places = defaultdict(list), {}
+    splits, files = defaultdict(list), {}
+    columns = dict.fromkeys(name for image in images for name in image.row or {})
     for image in images:
-        splits[image.split or "train"].append(image)
-        use = (image.split, image.row)
-        first = places.setdefault((root / image.path).resolve(), (image.path, use))
-        if first[1] != use:
+        first = files.setdefault((root / image.path).resolve(), image)
+        if (first.split, first.row) != (image.split, image.row):
             raise UserError(
-                f'In "{root}", {first[0]} and {image.path} are one file, in two splits or of two '
+                f'In "{root}", {first.path} and {image.path} are one file, in two splits or of two '
                 "classes: remove one."
             )
-    columns = dict.fromkeys(name for image in images for name in image.row or {})
+        row = columns | (image.row or {}) | {"image": str(root / image.path)}
+        splits[image.split or "train"].append(row)
     features = Features(dict.fromkeys(columns, Value("string")) | {"image": datasets.Image()})
-    published = {}
-    for split in sorted(splits, key=["train", "validation", "test"].index):
-        rows = [
-            dict.fromkeys(columns) | (image.row or {}) | {"image": str(root / image.path)}
-            for image in splits[split]
-        ]
+    for split, rows in splits.items():
         stats = [os.stat(row["image"]) for row in rows]
-        identity = repr(
-            [(row, s.st_size, s.st_mtime_ns) for row, s in zip(rows, stats, strict=True)]
+        content = repr((rows, [(stat.st_size, stat.st_mtime_ns) for stat in stats]))
+        splits[split] = Dataset.from_generator(
+            rows.__iter__, features, split=split, fingerprint=Hasher.hash(content)
         )
-        published[split] = Dataset.from_generator(
-            _iterate, features, gen_kwargs={"rows": rows}, split=split,
-            fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
-        )  # fmt: skip
-    return published
-
-
-def _iterate(rows: list[dict]) -> Iterator[dict]:
-    yield from rows
+    return dict(splits)

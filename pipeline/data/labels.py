@@ -16,8 +16,9 @@ from datasets import ClassLabel, Dataset, IterableDataset, Value
 from pipeline.errors import UserError, shorten
 from pipeline.recipe import DataArguments
 
-MISSING = -1  # the code of an image without a label, as on the Hub
+MISSING = -1  # the number of an image without a label, as on the Hub
 LABEL_NAMES = {"label", "labels", "class", "class_name", "category", "target", "cls"}
+LABEL_TYPES = re.compile(r"(large_)?string|bool|u?int\d+|float\d+")
 COUNT_BATCH = 10_000  # rows
 
 
@@ -27,22 +28,30 @@ def find_columns(dataset: Dataset | IterableDataset, data: DataArguments) -> tup
     A ClassLabel is taken before a column of other type. Among those, a usual name (`LABEL_NAMES`)
     is taken before others, and a column with fewer than two images a class is none.
     """
-    kinds = dataset.features
-    image = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
-    label = [name for name, kind in kinds.items() if isinstance(kind, ClassLabel)]
-    if data.label_column is not None:
-        label = [name for name, kind in kinds.items() if _can_be_label(kind)]
-        if data.label_column in label:
-            _check_repeats(dataset, data.label_column)
-    elif not label:
-        label = [name for name, kind in kinds.items() if _can_be_label(kind) and name[:2] != "__"]
-        label = [name for name in label if _repeats(count_values(dataset, name))]
-        usual = [name for name in label if name.lower() in LABEL_NAMES]
-        label = usual if len(usual) == 1 else label
-    return (
-        _choose(image, data.image_column, "image", kinds, data.dataset),
-        _choose(label, data.label_column, "label", kinds, data.dataset),
-    )
+    kinds, wanted = dataset.features, data.label_column
+    images = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
+    labels = [name for name, kind in kinds.items() if isinstance(kind, ClassLabel)]
+    if not labels or wanted not in (None, *labels):
+        values = {name: kind for name, kind in kinds.items() if isinstance(kind, Value)}
+        values = [name for name, kind in values.items() if LABEL_TYPES.fullmatch(kind.dtype)]
+        values = [name for name in values if name == wanted or not (wanted or name[:2] == "__")]
+        least = 1 if wanted else 2
+        labels = [name for name in values if _are_classes(count_values(dataset, name), least)]
+        usual = [name for name in labels if name.lower() in LABEL_NAMES]
+        labels = usual if len(usual) == 1 else labels
+    chosen = []
+    for role, found, name in (("image", images, data.image_column), ("label", labels, wanted)):
+        found = [name] if name in found else found
+        if len(found) != 1 or name not in (None, *found):
+            listed = ", ".join([f"{len(found) or 'no'} {role} columns", *found])
+            columns = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in kinds.items())
+            raise UserError(
+                f'The dataset "{data.dataset}" has {listed}, among its columns {columns}: choose '
+                f"one with --{role}_column. A label is a ClassLabel, a string or a whole "
+                "number that several images share."
+            )
+        chosen += found
+    return tuple(chosen)
 
 
 def class_names(dataset: Dataset | IterableDataset, column: str) -> list[str]:
@@ -63,93 +72,47 @@ def class_name(value: str | int | float | bool | None) -> str | None:
     """Return the name of the class that a plain value means: 2.0 is "2"; None if it is missing."""
     if value is None or value != value or value == "":  # NaN differs from itself
         return None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value)
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def encode(
     values: pa.ChunkedArray, kind: ClassLabel | Value, names: list[str], split: str
 ) -> np.ndarray:
-    """Return the class numbers, int64 (N,), of labels; `MISSING` where there is none.
+    """Return the number in `names` of the class of each label, int64 (N,), or `MISSING`.
 
     Args:
-        values: The labels.
-        kind: Their type in the split they come from.
-        names: The classes in the order of their numbers.
-        split: What an error calls the split.
-
-    Raises:
-        UserError: A label is of another class.
+        values: The labels of a split.
+        kind: Their type in it.
+        names: The classes; a UserError says which class of the split is not among them.
+        split: The split's name.
     """
-    own_names = kind.names if isinstance(kind, ClassLabel) else None
-    if own_names == names:
-        codes = values.fill_null(MISSING).to_numpy()
-        return np.where((codes >= 0) & (codes < len(names)), codes, MISSING).astype(np.int64)
-    numbers = {name: number for number, name in enumerate(names)}
-    lookup = []
-    for value in (unique := values.unique()).to_pylist():
-        if own_names is not None:
-            value = own_names[value] if value is not None and 0 <= value < len(own_names) else None
-        name = class_name(value)
-        if name not in numbers and name not in (None, str(MISSING)):
+    name_of = dict(enumerate(kind.names)).get if isinstance(kind, ClassLabel) else class_name
+    numbers = {name: number for number, name in enumerate(names)} | {None: MISSING}
+    unique, codes = values.unique(), []
+    for name in map(name_of, unique.to_pylist()):
+        if name not in numbers and name != str(MISSING):
             raise UserError(
                 f'The split "{split}" has images of the class "{name}", which is not among the '
                 f"{len(names)} classes that are trained: {shorten(names)}."
             )
-        lookup.append(numbers.get(name, MISSING))
-    return np.array(lookup, np.int64)[pc.index_in(values, unique).to_numpy()]
+        codes.append(numbers.get(name, MISSING))
+    return np.array(codes, np.int64)[pc.index_in(values, unique).to_numpy()]
 
 
 def count_values(dataset: Dataset | IterableDataset, column: str) -> Counter:
     """Count the values of a column; of a parquet stream, no other column is read."""
     counts = Counter()
     for table in dataset.select_columns([column]).with_format("arrow").iter(COUNT_BATCH):
-        entries = pc.value_counts(table[column].combine_chunks()).to_pylist()
-        counts.update({entry["values"]: entry["counts"] for entry in entries})
+        for entry in pc.value_counts(table[column]).to_pylist():
+            counts[entry["values"]] += entry["counts"]
     return counts
 
 
-def _can_be_label(kind) -> bool:
-    if isinstance(kind, ClassLabel):
-        return True
-    types = r"(large_)?string|bool|u?int\d+|float\d+"
-    return isinstance(kind, Value) and re.fullmatch(types, kind.dtype) is not None
-
-
-def _repeats(counts: Counter) -> bool:
-    """Whether values may be classes: at least two, of two images each, and no fractions."""
+def _are_classes(counts: Counter, least: int) -> bool:
+    """Whether values may be classes: `least` different ones, of two images each, no fractions."""
     is_fraction = any(isinstance(v, float) and v == v and not v.is_integer() for v in counts)
-    values = [value for value in counts if class_name(value) is not None]
-    return 2 * len(values) <= sum(counts.values()) and len(values) > 1 and not is_fraction
-
-
-def _check_repeats(dataset: Dataset | IterableDataset, column: str) -> None:
-    if isinstance(dataset.features[column], ClassLabel):
-        return
-    counts = count_values(dataset, column)
-    if len(counts) > 1 and not _repeats(counts):
-        raise UserError(
-            f'The column "{column}" has {len(counts)} different values in {counts.total()} rows, '
-            "or fractions: they are not classes. Choose another with --label_column."
-        )
-
-
-def _choose(candidates: list[str], name: str | None, role: str, kinds: dict, source: str) -> str:
-    columns = ", ".join(f"{column} ({type(kind).__name__})" for column, kind in kinds.items())
-    if name is not None and name not in candidates:
-        raise UserError(f'"{name}" is not an {role} column of "{source}"; it has {columns}.')
-    if not candidates:
-        raise UserError(
-            f'The dataset "{source}" has no {role} column; it has {columns}. A label is a '
-            "ClassLabel, a string or a whole number that several images share."
-        )
-    if name is None and len(candidates) > 1:
-        raise UserError(
-            f'The dataset "{source}" has {len(candidates)} {role} columns, '
-            f"{', '.join(candidates)}: choose one with --{role}_column."
-        )
-    return name or candidates[0]
+    values = {class_name(value) for value in counts} - {None}
+    return least <= len(values) <= counts.total() / 2 and not is_fraction
 
 
 def _natural_order(name: str) -> list:

@@ -1,26 +1,18 @@
 """Open a dataset as it is published: a Hub repository, a local folder, or scikit-learn's digits."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
 import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset
-from huggingface_hub import HfApi, constants, metadata_load
+from huggingface_hub import metadata_load
 from PIL import Image
 
-from pipeline.data import labels
-from pipeline.data.folders import (
-    READABLE,
-    UNREADABLE,
-    class_labels,
-    is_image,
-    list_files,
-    load_files,
-    load_folder,
-)
+from pipeline.data.folders import check_all_used, load_files, load_folder, numbers_differ
+from pipeline.data.labels import class_names, find_columns
 from pipeline.data.splits import SPLIT_SEED, assign_roles
 from pipeline.errors import UserError, shorten
 from pipeline.recipe import DataArguments
@@ -31,8 +23,9 @@ STREAM_SHARDS = 256  # of a folder of image files
 
 @dataclass
 class Source:
-    """A dataset as it is published, with its splits by the part they play."""
+    """An opened dataset, with its published splits by the part they play."""
 
+    data: DataArguments  # how it was opened
     splits: dict[str, Dataset] | dict[str, IterableDataset]  # "train", "validation", "test"
     image: str  # the column of images
     label: str  # the column of labels
@@ -40,27 +33,30 @@ class Source:
     roles: dict[str, str]  # the published name of each split
 
 
-def load_source(data: DataArguments, names: list[str] | None = None) -> Source:
-    """Open a dataset, and find its splits, columns and classes. See `load_splits`."""
+def load_source(data: DataArguments | Source, names: list[str] | None = None) -> Source:
+    """Open a dataset, and find its splits, columns and classes; one that is open stays so.
+
+    Its classes are `names`, by default those of the train split. UserError as `load_splits`.
+    """
+    if isinstance(data, Source):
+        return replace(data, names=names or data.names)
     if data.dataset == "digits":
         published = {"train": digits()}
     elif is_local(data.dataset):
         published = _load_local(Path(os.path.abspath(os.path.expanduser(data.dataset))), data)
     else:
         hub_commit("dataset", data.dataset, data.dataset_revision)
-        published, used = _load_published(data.dataset, data)
-        if any(Path(path).suffix.lower() in READABLE for path in used):
-            _check_all_used(_list_hub_images(data), {_path_in_repository(p) for p in used}, data)
+        published = _load_published(data.dataset, data)
     roles = assign_roles(list(published), data)
     splits = {role: published[name] for role, name in roles.items()}
     first = splits.get("train", splits.get("test"))
     if first.features is None:
         raise UserError(f'The dataset "{data.dataset}" does not say what its columns hold.')
-    image, label = labels.find_columns(first, data)
-    names = names or labels.class_names(first, label)
+    image, label = find_columns(first, data)
+    names = names or class_names(first, label)
     if data.streaming:
         splits = {role: _as_stream(split) for role, split in splits.items()}
-    return Source(splits, image, label, names, roles)
+    return Source(data, splits, image, label, names, roles)
 
 
 def digits() -> Dataset:
@@ -75,15 +71,12 @@ def digits() -> Dataset:
     return Dataset.from_dict({"image": images, "label": source.target.tolist()}, features=features)
 
 
-def _load_local(root: Path, data: DataArguments) -> dict[str, Dataset] | dict[str, IterableDataset]:
+def _load_local(root: Path, data: DataArguments) -> dict:
     """A folder, by its README if that says how, otherwise by its files."""
     readme = root / "README.md"
     settings = (metadata_load(readme) or {}) if readme.is_file() else {}
     if {"configs", "dataset_info"} & settings.keys():
-        published, used = _load_published(str(root), data)
-        images = [str(root / path) for path in list_files(root) if is_image(root, path)]
-        _check_all_used(images, used, data)
-        return published
+        return _load_published(str(root), data)
     if data.dataset_config is not None:
         raise UserError(f'"{root}" has no configurations: leave out --dataset_config.')
     if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
@@ -92,66 +85,28 @@ def _load_local(root: Path, data: DataArguments) -> dict[str, Dataset] | dict[st
     return load_folder(root, data)
 
 
-def _load_published(name: str, data: DataArguments):
-    """All splits by the rules of `datasets`, and the files that they are read from."""
+def _load_published(name: str, data: DataArguments) -> dict:
+    """All splits by the rules of `datasets`."""
     try:
         builder = datasets.load_dataset_builder(
             name, data.dataset_config, revision=data.dataset_revision
         )
         files = {split: list(paths) for split, paths in (builder.config.data_files or {}).items()}
-        for (first, paths), (second, others) in combinations(files.items(), 2):
-            if both := sorted(set(paths) & set(others)):
-                raise UserError(f"{shorten(both)} is in two splits, {first} and {second}.")
-        if _numbers_differ(files):
-            splits = load_files("parquet", files, data.streaming)
-        elif data.streaming:
-            splits = builder.as_streaming_dataset()
-        else:
-            builder.download_and_prepare()
-            splits = builder.as_dataset()
+        for (one, paths), (other, more) in combinations(files.items(), 2):
+            if both := sorted(set(paths) & set(more)):
+                raise UserError(f"{shorten(both)} is in two splits, {one} and {other}.")
+        if data.dataset_config is None:
+            check_all_used(name, files)
+        first = [paths[0] for paths in files.values() if paths[0].endswith(".parquet")]
+        if len(first) > 1 and numbers_differ(first):  # which `datasets` does not see
+            return load_files("parquet", files, data.streaming)
+        if data.streaming:
+            return builder.as_streaming_dataset()
+        builder.download_and_prepare()
+        return builder.as_dataset()
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        reason = next(iter(str(error).strip().splitlines()), repr(error))
         raise UserError(f'Cannot load the dataset "{data.dataset}": {reason}') from None
-    return splits, {path for paths in files.values() for path in paths}
-
-
-def _list_hub_images(data: DataArguments) -> list[str]:
-    if constants.HF_HUB_OFFLINE:
-        return []
-    files = HfApi().list_repo_files(
-        data.dataset, repo_type="dataset", revision=data.dataset_revision
-    )
-    return [path for path in files if Path(path).suffix.lower() in READABLE | UNREADABLE]
-
-
-def _path_in_repository(url: str) -> str:
-    """The path in `hf://datasets/owner/name@commit/path`."""
-    return url.partition("@")[2].partition("/")[2]
-
-
-def _check_all_used(images: list[str], used: set[str], data: DataArguments) -> None:
-    """UserError for images that `datasets` drops beside others, unless a configuration is named."""
-    places = {_place(path) for path in used}
-    unused = [path for path in images if path not in used and _place(path) in places]
-    if unused and data.dataset_config is None:
-        raise UserError(
-            f'"{data.dataset}" has {len(unused)} images that `datasets` does not load: '
-            f"{shorten(unused)}. Correct data_files in its README.md, or load its files from a "
-            "folder without README.md."
-        )
-
-
-def _numbers_differ(files: dict[str, list[str]]) -> bool:
-    """Whether splits number their classes in different ways, which `datasets` does not see."""
-    first = [paths[0] for paths in files.values()]
-    if len(first) < 2 or not all(path.endswith(".parquet") for path in first):
-        return False
-    return any(class_labels(path) != class_labels(first[0]) for path in first[1:])
-
-
-def _place(path: str) -> tuple:
-    """The folder of an image's class folder; a figure of the README is elsewhere."""
-    return Path(path).parts[:-2], len(Path(path).parts)
 
 
 def _as_stream(split: Dataset | IterableDataset) -> IterableDataset:

@@ -10,27 +10,24 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline.data.labels import class_name
+from pipeline.data.splits import SPLIT_WORDS
 from pipeline.errors import UserError, shorten
 
-SPLIT_WORDS = {
-    "train": "train", "training": "train",
-    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
-    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
-}  # fmt: skip
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
 @dataclass
 class ImageFile:
-    """An image with what is known of it: its split, its class folder, and its row in a table."""
+    """An image with what is known of it."""
 
     path: Path  # below the folder
     split: str | None
     folder: str | None  # the class folder
-    row: dict[str, str | None] | None = None
+    row: dict[str, str | None] | None = None  # of a table
 
 
 def split_word(path: Path) -> str | None:
+    """Return the split that a file's path names; UserError if it names several."""
     words = re.split(r"[/._-]", str(path).lower())
     splits = sorted({SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS})
     if len(splits) > 1:

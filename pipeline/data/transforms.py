@@ -34,32 +34,36 @@ def preprocess(images: Tensor, processor, size: int | None = None) -> Tensor:
     """Do what an image processor does, for a whole batch on its device.
 
     Args:
-        images: uint8 (B, 3, H, W).
-        processor: An image processor that `training.processor` reproduces.
-        size: Side S of the result, in pixels; the processor's by default.
-
-    Returns:
-        float32 (B, 3, S, S).
+        images: uint8 (B, 3, H, W), returned as float32 (B, 3, S, S).
+        processor: One that `training.processor` reproduces.
+        size: S, in pixels; the processor's by default.
     """
-    size, crop = size or input_size(processor), bool(processor.do_center_crop)
+    processor_size, resample, crop = resize_options(processor)
+    size = size or processor_size
     factor = processor.rescale_factor if processor.do_rescale else 1.0
-    mean, std = [0.0] * 3, [1.0] * 3
+    mean, std = (0.0,) * 3, (1.0,) * 3
     if processor.do_normalize:
-        mean, std = processor.image_mean, processor.image_std
+        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    mean, std = _by_channel(mean, images.device), _by_channel(std, images.device)
     is_bgr = getattr(processor, "do_flip_channel_order", False)  # MobileViT's
     pixels = torch.empty(len(images), 3, size, size, device=images.device)
     # On a CPU a few images at a time, which stay in its cache between the steps.
     step = CHUNK if images.device.type == "cpu" else max(len(images), 1)
     for part, target in zip(images.split(step), pixels.split(step), strict=True):
-        resized = resize(part, size, processor.resample, crop)
+        resized = resize(part, size, resample, crop)
         target.copy_(resized.flip(1) if is_bgr else resized)
-        normalize_(target, factor, mean, std)
+        target.mul_(factor).sub_(mean).div_(std)
     return pixels
 
 
 def input_size(processor) -> int:
     """Return the side, in pixels, of the squares that an image processor makes."""
     return (processor.crop_size if processor.do_center_crop else processor.size)["height"]
+
+
+def resize_options(processor) -> tuple[int, int, bool]:
+    """Return what `resize` and `fit_image` take: the size, Pillow's filter, whether to crop."""
+    return input_size(processor), processor.resample, bool(processor.do_center_crop)
 
 
 def fit_image(image: Image.Image, size: int, resample: int, crop: bool = False) -> Image.Image:
@@ -78,37 +82,33 @@ def visible_part(image: Image.Image, processor) -> Image.Image:
 def augment(
     images: Tensor, horizontal_flip: bool, random_crop_padding: float, generator: torch.Generator
 ) -> Tensor:
-    """Crop at random after padding, and flip at random. uint8 (B, 3, H, W) to the same."""
-    if random_crop_padding:
-        images = random_crop(images, random_crop_padding, generator)
-    return random_flip(images, generator) if horizontal_flip else images
+    """Augment a batch at random, uint8 (B, 3, H, W) to the same.
 
-
-def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror each image left to right with probability 1/2. (B, 3, H, W) to the same."""
-    flipped = torch.rand(len(images), device=images.device, generator=generator) < 0.5  # (B,)
-    return torch.where(flipped[:, None, None, None], images.flip(-1), images)
-
-
-def random_crop(images: Tensor, padding: float, generator: torch.Generator) -> Tensor:
-    """Shift each image by up to `padding` of its side; the border is filled by reflection.
-
-    (B, 3, H, W) to the same. 0.125 is the usual 4 pixels of a 32-pixel image.
+    Args:
+        images: The batch.
+        horizontal_flip: Mirror each image left to right with probability 1/2.
+        random_crop_padding: Shift each image by up to this share of its side; the border is filled
+            by reflection. 0.125 is the usual 4 pixels of a 32-pixel image.
+        generator: On the device of the images.
     """
     batch, _, height, width = images.shape
     device = images.device
-    rows, columns = (
-        # (B, size): for each image, which source row (column) stands in each target row (column)
-        _reflect(
-            torch.arange(size, device=device)
-            + torch.randint(-reach, reach + 1, (batch, 1), device=device, generator=generator),
-            size,
-        )
-        for size, reach in ((height, round(height * padding)), (width, round(width * padding)))
-    )
-    # Indexing puts the channels last: (B, H, W, 3) back to (B, 3, H, W).
-    index = torch.arange(batch, device=device)[:, None, None]
-    return images[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+    def source_index(size: int) -> Tensor:  # (B, size): what stands in each target row or column
+        reach = round(size * random_crop_padding)
+        shift = torch.randint(-reach, reach + 1, (batch, 1), device=device, generator=generator)
+        index = (torch.arange(size, device=device) + shift).abs()
+        return torch.where(index >= size, 2 * (size - 1) - index, index)
+
+    if random_crop_padding:
+        rows, columns = source_index(height)[:, :, None], source_index(width)[:, None, :]
+        # Indexing puts the channels last: (B, H, W, 3) back to (B, 3, H, W).
+        image = torch.arange(batch, device=device)[:, None, None]
+        images = images[image, :, rows, columns].permute(0, 3, 1, 2)
+    if horizontal_flip:
+        is_flipped = torch.rand(batch, device=device, generator=generator) < 0.5
+        images = torch.where(is_flipped[:, None, None, None], images.flip(-1), images)
+    return images
 
 
 def resize(images: Tensor, size: int, resample: int, crop: bool = False) -> Tensor:
@@ -143,10 +143,8 @@ def resize_weights(
     """
     scale = size / new_size
     if resample == Resampling.NEAREST:
-        nearest = np.cumsum([scale / 2, *[scale] * (new_size - 1)]).astype(
-            int
-        )  # Pillow adds up too
-        return F.one_hot(torch.from_numpy(nearest), size).to(device, dtype)
+        centers = np.cumsum([scale / 2] + [scale] * (new_size - 1))  # Pillow adds up too
+        return F.one_hot(torch.from_numpy(centers.astype(int)), size).to(device, dtype)
     if resample not in FILTERS:
         raise UserError(f"The image processor's resample is {resample}; choose from 0 to 5.")
     half_width, function = FILTERS[resample]
@@ -161,12 +159,6 @@ def resize_weights(
     fixed = weights * 2**PRECISION_BITS
     rounded = (fixed + 0.5 * fixed.sign()).trunc() / 2**PRECISION_BITS
     return rounded.to(device, dtype)
-
-
-def normalize_(images: Tensor, factor: float, mean: list[float], std: list[float]) -> Tensor:
-    """Scale pixel values (B, 3, S, S) by `factor`, subtract `mean`, divide by `std`; in place."""
-    mean, std = (_by_channel(tuple(values), images.device) for values in (mean, std))
-    return images.mul_(factor).sub_(mean).div_(std)
 
 
 @lru_cache(maxsize=16)
@@ -185,26 +177,21 @@ def mix(
     """Mix a batch with itself reversed, by mixup or CutMix; one of them by chance if both are on.
 
     Args:
-        images: float (B, 3, S, S).
-        labels: int64 (B,).
-        num_classes: Width of the soft labels.
+        images: float (B, 3, S, S), returned mixed.
+        labels: int64 (B,), returned soft, float (B, num_classes).
         mixup: Parameter of the Beta distribution; 0 is off.
         cutmix: Likewise.
         generator: On the CPU.
-
-    Returns:
-        Images float (B, 3, S, S) and soft labels (B, num_classes).
     """
-
-    def uniform() -> float:
-        return torch.rand((), generator=generator).item()
-
-    use_cutmix = cutmix > 0 and (mixup == 0 or uniform() < 0.5)
-    share = _beta(cutmix if use_cutmix else mixup, uniform)  # of the image itself
+    # PyTorch has no Beta distribution with a generator.
+    random = np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
+    use_cutmix = cutmix > 0 and (mixup == 0 or random.random() < 0.5)
+    alpha = cutmix if use_cutmix else mixup
+    share = random.beta(alpha, alpha)  # of the image itself
     if use_cutmix:
         size = images.shape[-1]
         side = round(size * (1 - share) ** 0.5)
-        top, left = (int(uniform() * (size - side + 1)) for _ in range(2))
+        top, left = random.integers(size - side + 1, size=2)
         images = images.clone()
         box = (..., slice(top, top + side), slice(left, left + side))
         images[box] = images.flip(0)[box]
@@ -223,23 +210,10 @@ def _placement(height: int, width: int, size: int, crop: bool) -> tuple[int, int
     return rows, columns, (rows - size) // 2, (columns - size) // 2
 
 
-def _beta(alpha: float, uniform) -> float:
-    """A draw from Beta(alpha, alpha) by Jöhnk's method, from draws of `uniform`."""
-    while True:
-        x, y = uniform() ** (1 / alpha), uniform() ** (1 / alpha)
-        if 0 < x + y <= 1:
-            return x / (x + y)
-
-
 def _cubic(x: Tensor, a: float = -0.5) -> Tensor:
     near = ((a + 2) * x - (a + 3)) * x**2 + 1
     far = (((x - 5) * x + 8) * x - 4) * a
     return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
-
-
-def _reflect(index: Tensor, size: int) -> Tensor:
-    index = index.abs()
-    return torch.where(index >= size, 2 * (size - 1) - index, index)
 
 
 def _round_to_uint8(values: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from pipeline.evaluation.evaluate import predict
 from pipeline.explain import attention
 
 BATCH = 16  # images; bounds the memory: a ViT-B's attentions take 22 MB an image at 224 px
-SHEET = 24  # images on the overview sheet at most
+SHEET = 3  # images on the overview at most, which is read at 700 px in a model card
 ERRORS = 6  # the most confident errors that are drawn
 
 
@@ -113,7 +113,7 @@ def draw(
     head: int = 0,
     target: str | None = None,
 ) -> dict[Path, str]:
-    """Draw each example's maps, and an overview of the first ones.
+    """Draw each example's maps, and an overview of a few.
 
     Args:
         model: An image classifier with attention maps.
@@ -134,6 +134,7 @@ def draw(
         raise UserError("No image is chosen: name files or rows, or leave both out.")
     labels = model.config.id2label
     target_class = None if target is None else _find_class(target, labels)
+    shown = examples[:: -(-len(examples) // SHEET)]  # evenly: correct answers and errors
     sheet, files = [], {}
     for batch in _batches(examples):
         images = [example.open() for example in batch]
@@ -151,13 +152,13 @@ def draw(
                 path = folder / f"{example.name}_{kind}.png"
                 plots.attention_panels(overlays, title, path, attention.COLORMAP)
                 files[path] = example.owner
-            if len(sheet) < SHEET:
+            if any(example is other for other in shown):
                 (_, plain), last = panels["overlay"]
-                methods = [panels["heads"][head], panels["rollout"][1], panels["relevance"][1]]
+                methods = [panels["rollout"][1], panels["relevance"][1]]
                 sheet.append([(title, plain), last, *methods])
     path = folder / "overview.png"
     plots.attention_sheet(sheet, path, attention.COLORMAP)
-    owners = {example.owner for example in examples[:SHEET]}
+    owners = {example.owner for example in shown}
     return files | {path: "user" if "user" in owners else "dataset"}
 
 

@@ -87,23 +87,23 @@ def _train(recipe: Recipe, restart: bool, is_main: bool) -> dict:
 
 def build_trainer(recipe: Recipe) -> ImageTrainer:
     """Decode the recipe's data and build its model, ready to train. UserError as `train`."""
-    args, data, size = recipe.training, recipe.data, recipe.model.image_size
+    args, data = recipe.training, recipe.data
     if args.bf16 and not runs.has_fast_bfloat16():
         args.bf16, args.mixed_precision = False, "no"
         print("This processor emulates bfloat16: training in float32.")
-    processor, crop = build_processor(recipe.model), recipe.model.resize == "crop"
+    processor = build_processor(recipe.model)
     if data.streaming:
         rows = load_stream(data, "train")
         seed = args.seed if args.data_seed is None else args.data_seed
         train_set = ImageStream(
-            rows, args.per_device_train_batch_size, size, processor.resample,
-            seed, args.process_index, args.world_size, data.num_proc, crop,
+            rows, args.per_device_train_batch_size, processor, seed,
+            args.process_index, args.world_size, data.num_proc, data.skip_corrupt,
         )  # fmt: skip
-        labels = rows.names
-        validation = load_split(data, "validation", size, processor.resample, crop=crop)
+        labels = rows.features["label"].names
+        validation = load_split(data, "validation", processor)
     else:
         with args.main_process_first(desc="decoding"):
-            splits = load_splits(data, size, processor.resample, "train", "validation", crop=crop)
+            splits = load_splits(data, processor, "train", "validation")
         train_set, validation = splits["train"], splits["validation"]
         labels = train_set.features["label"].names
     set_seed(args.seed)  # the head's first weights

@@ -11,11 +11,11 @@ from PIL import Image
 import inference
 from layouts import files, parquet, put
 from pipeline.data.decoding import DecodedImages, open_image
-from pipeline.data.loading import load_splits, load_stream
-from pipeline.data.streaming import ImageStream
+from pipeline.data.loading import load_splits
+from pipeline.data.streaming import ImageStream, load_stream
 from pipeline.errors import UserError
 from pipeline.recipe import DataArguments
-from samples import draw_image
+from samples import draw_image, image_processor
 
 RAMP = np.arange(256).reshape(16, 16)  # each 8-bit gray once
 
@@ -88,14 +88,14 @@ def test_a_corrupt_image_is_an_error_with_its_file_and_row(corrupt):
         UserError,
         match=r'image in row \d+ of the split "train" .*/train/(cat|dog)/\d+\.png.* cannot',
     ):
-        load_splits(corrupt, 64, 3, "train", "validation")
+        load_splits(corrupt, image_processor(64), "train", "validation")
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_corrupt_images_are_left_out_and_named_each_time(corrupt, capsys, num_proc):
     corrupt.skip_corrupt, corrupt.num_proc = True, num_proc
     for _ in range(2):  # decoded, and from the cache
-        splits = load_splits(corrupt, 64, 3, "train", "validation", "test")
+        splits = load_splits(corrupt, image_processor(64), "train", "validation", "test")
         assert len(splits["train"]) + len(splits["validation"]) == 17
         assert splits["train"].column_names == ["image", "label"]
         printed = capsys.readouterr().out
@@ -106,14 +106,19 @@ def test_corrupt_images_are_left_out_and_named_each_time(corrupt, capsys, num_pr
     assert batch["pixel_values"].shape[1:] == (3, 30, 40)
 
 
+def stream(data: DataArguments) -> ImageStream:
+    rows = load_stream(data, "train")
+    return ImageStream(rows, 4, image_processor(64), skip_corrupt=data.skip_corrupt)
+
+
 def test_corrupt_images_of_a_stream_are_left_out_and_named_once(corrupt, capsys):
     corrupt.streaming = True
     with pytest.raises(UserError, match=r"train/.*/\d+\.png.* cannot be decoded"):
-        list(islice(ImageStream(load_stream(corrupt, "train"), 4, 64, 3), 20))
+        list(islice(stream(corrupt), 20))
     corrupt.skip_corrupt = True
     capsys.readouterr()
-    images = ImageStream(load_stream(corrupt, "train"), 4, 64, 3)
-    validation = load_splits(corrupt, 64, 3, "validation")["validation"]
+    images = stream(corrupt)
+    validation = load_splits(corrupt, image_processor(64), "validation")["validation"]
     for batch in images:
         assert len(batch["pixel_values"]) == len(batch["labels"]) > 0
         if images.state["epoch"] == 2:
@@ -130,4 +135,4 @@ def test_a_split_of_corrupt_images_is_an_error_all_the_same(tmp_path):
     parquet(tmp_path / "train.parquet", images, ClassLabel(names=["cat", "dog"]), [0, 1] * 6)
     data = DataArguments(dataset=str(tmp_path), skip_corrupt=True, validation_size=0.25)
     with pytest.raises(UserError, match='No image of the split "train" can be decoded'):
-        load_splits(data, 64, 3, "train")
+        load_splits(data, image_processor(64), "train")

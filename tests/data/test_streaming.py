@@ -11,15 +11,15 @@ from datasets import ClassLabel, Dataset, Features, Value
 from launching import two_processes
 from pipeline import runs
 from pipeline.data import streaming
-from pipeline.data.loading import load_split, load_splits, load_stream
+from pipeline.data.loading import load_split, load_splits
 from pipeline.data.sources import digits
-from pipeline.data.streaming import ImageStream, assign_split
+from pipeline.data.streaming import ImageStream, assign_split, load_stream
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.recipe import DataArguments, data_arguments, load_recipe
 from pipeline.training.checkpoints import last_checkpoint
 from pipeline.training.train import train
-from samples import ROOT, draw_image
+from samples import ROOT, draw_image, image_processor
 
 BICUBIC = 3
 
@@ -42,7 +42,7 @@ def arguments(dataset, **options) -> DataArguments:
 
 def stream(dataset="digits", batch_size=1, size=32, **options) -> ImageStream:
     rows = load_stream(arguments(dataset), "train")
-    return ImageStream(rows, batch_size, size, BICUBIC, **options)
+    return ImageStream(rows, batch_size, image_processor(size, BICUBIC), **options)
 
 
 def epochs(images: ImageStream, count: int) -> list[list[bytes]]:
@@ -63,14 +63,14 @@ def pixels_of(split: Dataset) -> set[bytes]:
 # With 20 shards: two processes share the shards, three and thirty the images of every shard.
 @pytest.mark.parametrize("world_size", [1, 2, 3, 30])
 def test_every_image_is_seen_once_per_epoch_in_one_process(published, world_size):
-    assert load_stream(arguments(published), "train").rows.num_shards == 20
+    assert load_stream(arguments(published), "train").num_shards == 20
     ranks = range(min(world_size, 3))
     streams = [stream(published, rank=rank, world_size=world_size) for rank in ranks]
     shares = [epochs(images, 1)[0] for images in streams]
     assert all(shares)
     seen = {image for share in shares for image in share}
     assert len(seen) == sum(map(len, shares))
-    splits = load_splits(arguments(published), 32, BICUBIC, "validation", "test")
+    splits = load_splits(arguments(published), image_processor(), "validation", "test")
     validation, test = pixels_of(splits["validation"]), pixels_of(splits["test"])
     assert not validation & test
     assert not (validation | test) & seen
@@ -88,7 +88,7 @@ def test_splits_by_content_have_the_sizes_asked_for():
 
 def test_validation_is_the_same_however_the_dataset_is_sharded(published):
     first, second = (
-        load_split(arguments(dataset), "validation", 32, BICUBIC)
+        load_split(arguments(dataset), "validation", image_processor())
         for dataset in (published, "digits")
     )
     assert pixels_of(first) == pixels_of(second)
@@ -97,9 +97,9 @@ def test_validation_is_the_same_however_the_dataset_is_sharded(published):
 
 def test_validation_is_bounded_and_from_all_shards(published, monkeypatch):
     monkeypatch.setattr(streaming, "VALIDATION_IMAGES", 40)
-    few = load_split(arguments(published), "validation", 32, BICUBIC)
+    few = load_split(arguments(published), "validation", image_processor())
     assert len(few) == 40
-    rows = load_stream(arguments(published), "validation").rows
+    rows = load_stream(arguments(published), "validation")
     first, last = (
         next(iter(rows.shard(20, shard).iter(1)))["label"][0].as_py() for shard in (0, 19)
     )

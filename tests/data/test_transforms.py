@@ -10,8 +10,6 @@ from pipeline.data.transforms import (
     fit_image,
     mix,
     preprocess,
-    random_crop,
-    random_flip,
     resize,
 )
 from pipeline.errors import UserError
@@ -59,7 +57,7 @@ def test_preprocess_is_what_the_image_processor_does():
 
 def test_flip_mirrors_about_half_of_the_images():
     images = torch.arange(1000 * 3 * 2 * 5).reshape(1000, 3, 2, 5)
-    flipped = random_flip(images, generator())
+    flipped = augment(images, True, 0.0, generator())
     same = (flipped == images).flatten(1).all(1)
     mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
     assert (same ^ mirrored).all()
@@ -68,7 +66,7 @@ def test_flip_mirrors_about_half_of_the_images():
 
 def test_crop_shifts_the_whole_image_and_reflects_the_border():
     image = torch.arange(64).reshape(1, 1, 8, 8).expand(500, 3, 8, 8)
-    cropped = random_crop(image, 0.25, generator())
+    cropped = augment(image, False, 0.25, generator())
     assert cropped.shape == image.shape
     padded = torch.nn.functional.pad(image[:1].float(), (2, 2, 2, 2), mode="reflect").long()
     windows = {

@@ -12,7 +12,7 @@ from pipeline.explain.faithfulness import measure_faithfulness
 from pipeline.recipe import DataArguments, load_recipe
 from pipeline.training.model import load_model
 from pipeline.training.train import train
-from samples import ROOT, draw_image
+from samples import ROOT, draw_image, image_processor
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_examples_are_one_per_class_and_the_most_confident_errors():
 
 def test_every_figure_is_drawn_for_files_and_rows(model, here):
     draw_image(0, (40, 30)).save(here / "my photo.png")
-    test = load_split(DataArguments(dataset="digits"), "test", 32, 2)
+    test = load_split(DataArguments(dataset="digits"), "test", image_processor())
     examples = figures.examples_from_files([here / "my photo.png"])
     examples += figures.examples_from_rows(test, [7])
     files = figures.draw(*model, examples, here / "out", layer=0, head=1, target="3")
@@ -44,7 +44,7 @@ def test_every_figure_is_drawn_for_files_and_rows(model, here):
 
 
 def test_faithfulness_is_the_same_for_the_same_seed(model):
-    test = load_split(DataArguments(dataset="digits"), "test", 32, 2)
+    test = load_split(DataArguments(dataset="digits"), "test", image_processor())
     first = measure_faithfulness(*model, test, 20, head=0)
     assert first == measure_faithfulness(*model, test, 20, head=0)
     assert first != measure_faithfulness(*model, test, 20, head=0, seed=1)
@@ -64,7 +64,7 @@ def test_faithfulness_is_the_same_for_the_same_seed(model):
     ],
 )
 def test_a_wrong_choice_is_named(model, here, options, message):
-    test = load_split(DataArguments(dataset="digits"), "test", 32, 2)
+    test = load_split(DataArguments(dataset="digits"), "test", image_processor())
     examples = figures.examples_from_rows(test, [0])
     with pytest.raises(UserError, match=message):
         figures.draw(
@@ -73,7 +73,7 @@ def test_a_wrong_choice_is_named(model, here, options, message):
 
 
 def test_a_wrong_selection_is_named(model, here):
-    test = load_split(DataArguments(dataset="digits"), "test", 32, 2)
+    test = load_split(DataArguments(dataset="digits"), "test", image_processor())
     (here / "notes.png").write_text("no picture")
     with pytest.raises(UserError, match=r"The image .*notes.png cannot be decoded"):
         figures.examples_from_files([here / "notes.png"])

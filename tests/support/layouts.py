@@ -147,7 +147,7 @@ def odd_extensions(folder):
 def heic(folder):
     put(folder, files())
     (folder / "dog" / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
-    return r"cannot read dog/phone\.HEIC: convert"
+    return r"cannot read files: dog/phone\.HEIC; convert"
 
 
 def wrapped(folder):
@@ -326,7 +326,7 @@ def parquet_files_numbered_differently(folder):
     kind, images = ClassLabel(names=["cat", "dog"]), files()
     parquet(folder / "train-0.parquet", images, kind, [0, 1] * 6)
     parquet(folder / "train-1.parquet", images, ClassLabel(names=["dog", "cat"]), [0, 1] * 6)
-    return r'Two files of the split "train" number .*train-0.parquet and .*train-1.parquet'
+    return r'Files of the split "train" number .*train-0.parquet, .*train-1.parquet'
 
 
 def parquet_in_capitals(folder):
@@ -340,7 +340,7 @@ def parquet_in_capitals(folder):
 def parquet_of_no_split(folder):
     for name in ("train", "rest"):
         parquet(folder / f"pets_{name}.parquet", files(), Value("int64"), [0, 1] * 6)
-    return r"names of pets_rest\.parquet do not say to which split"
+    return r"names of .*pets_rest\.parquet do not say to which split"
 
 
 def parquet_with_an_id(folder):
@@ -353,7 +353,7 @@ def parquet_with_an_id(folder):
 
 def parquet_with_an_id_only(folder):
     parquet(folder / "a.parquet", files(), Value("string"), [str(i) for i in range(12)])
-    return "has no label column; it has image .Image., label .Value."
+    return "has no label columns, among its columns image .Image., label .Value."
 
 
 def readme(folder, **patterns: str) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 ROOT = Path(__file__).parents[2]
 SMALL_VIT = {
@@ -12,6 +13,13 @@ SMALL_VIT = {
     "num_attention_heads": 2,
     "patch_size": 8,
 }
+
+
+def image_processor(size: int = 32, resample: int = 2, crop: bool = False) -> ViTImageProcessorPil:
+    """Return a model's image processor, which squashes images to a square or crops their center."""
+    square = {"height": size, "width": size}
+    options = {"size": {"shortest_edge": size}, "do_center_crop": True, "crop_size": square}
+    return ViTImageProcessorPil(resample=resample, **(options if crop else {"size": square}))
 
 
 def draw_image(seed: int, size: tuple[int, int] = (12, 10)) -> Image.Image:

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from pipeline.data.decoding import content_hash
 from pipeline.data.loading import load_split
+from pipeline.data.transforms import resize_options
 from pipeline.errors import UserError
 from pipeline.evaluation import ood
 from pipeline.evaluation.evaluate import evaluate, predict
@@ -31,7 +31,7 @@ from pipeline.recipe import DataArguments, ModelArguments, load_recipe
 from pipeline.training.model import build_model, build_processor, load_model
 from pipeline.training.optimizer import parameter_groups
 from pipeline.training.train import train
-from samples import ROOT
+from samples import ROOT, image_processor
 
 TABLE = ROOT / "docs/backbones.md"
 WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
@@ -123,9 +123,14 @@ OPTIONS = {
     "return_dict": False,
     "problem_type": "multi_label_classification",
 }
+OOD_DATASETS = {}  # made once for all families
 
 
-ood_datasets = lru_cache(ood.ood_datasets)  # made once for all families
+def ood_datasets(processor, make=ood.ood_datasets) -> dict:
+    key = resize_options(processor)
+    if key not in OOD_DATASETS:
+        OOD_DATASETS[key] = make(processor)
+    return OOD_DATASETS[key]
 
 
 HEAD = """# Backbones
@@ -263,7 +268,7 @@ def test_a_family_trains_resumes_and_agrees_with_pipeline(
     results = evaluate(str(folder), data)
     assert len(results["predictions"]) == 8
     model, processor = load_model(str(folder))
-    test = load_split(data, "test", side, processor.resample)
+    test = load_split(data, "test", processor)
     assert_pipeline_agrees(model, processor, test, folder, pictures)
 
     # What else it can do.
@@ -291,13 +296,13 @@ def test_a_cropped_model_agrees_with_pipeline(here, pictures, streaming):
     data = DataArguments(dataset=str(pictures), validation_size=0.25)
     model, processor = load_model(str(folder))
     assert processor.do_center_crop
-    test = load_split(data, "test", 32, processor.resample, crop=True)
+    test = load_split(data, "test", processor)
     assert_pipeline_agrees(model, processor, test, folder, pictures)
     results = evaluate(str(folder), data)
     logits, _ = predict(model, processor, test)
     assert results["predictions"] == logits.argmax(dim=1).tolist()
     assert results["dataset"]["sha256"] == content_hash(test)
-    squashed = load_split(data, "test", 32, processor.resample)
+    squashed = load_split(data, "test", image_processor(32, processor.resample))
     assert content_hash(squashed) != content_hash(test)
 
 

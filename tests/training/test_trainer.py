@@ -148,7 +148,7 @@ def trainer_with_a_worse_end(request, backbones, here):
     every = ["--eval_strategy=steps", "--eval_steps=3", "--save_strategy=steps", "--save_steps=3"]
     recipe = load_recipe("short.yaml", [*every, "--disable_tqdm"])
     processor = build_processor(recipe.model)
-    splits = load_splits(recipe.data, 32, processor.resample, "train", "validation")
+    splits = load_splits(recipe.data, processor, "train", "validation")
     model = build_model(recipe.model, splits["train"].features["label"].names)
     trainer = ImageTrainer(recipe, model, processor, splits["train"], splits["validation"])
     trainer.train()
@@ -311,7 +311,7 @@ def test_the_trained_model_agrees_with_pipeline_on_real_images(shared, here):
     )
     train(recipe)
     model, processor = load_model("models/run")
-    test = load_split(recipe.data, "test", 42, processor.resample)
+    test = load_split(recipe.data, "test", processor)
     logits, labels = predict(model, processor, test.select(range(1000)))
     raw = datasets.load_dataset(str(shared / "data/cifar10"), split="test[:1000]")
     assert labels.tolist() == raw["label"][:]
