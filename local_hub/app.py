@@ -1,295 +1,262 @@
-"""The routes of the local Hub, as huggingface_hub calls them, and its server."""
+"""The local Hub: its server, and its replies, as huggingface_hub asks for them."""
 
-import asyncio
-import collections
+import hashlib
 import json
 import re
 import secrets
 import shutil
-import sys
+import socket
+import threading
+import time
 from pathlib import Path
-from typing import Annotated
 from urllib.parse import parse_qs, unquote
 
-from fastapi import Body, Depends, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse
-from starlette.convertors import Convertor, register_url_convertor
+import uvicorn
+import yaml
+from huggingface_hub import ModelCard
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
 
-from local_hub.card import find_errors, read_metadata
-from local_hub.repository import Repository, is_lfs, replace, require
+from local_hub import jobs
+from local_hub.repository import MAIN, Repository, require
 
 PAGE, TRUE = 1000, ("true", "True", "1")
-MALFORMED = (RequestValidationError, KeyError, TypeError, ValueError, AttributeError)
-REPO, FILES = "/api/{kind:kind}/{name:name}", "/{kind:prefix}{name:name}"
-for key, regex in {
-    "kind": "models|datasets|spaces",
-    "prefix": "(?:datasets/|spaces/)?",
-    "name": "[^/]+(?:/[^/]+)?",  # one without an owner is just not found
-    "part": "[^/]+",
-    "path": ".+",
-    "ref_type": "branch|tag",
-}.items():
-    members = {"regex": regex, "convert": lambda self, value: unquote(value)}
-    register_url_convertor(key, type(key, (Convertor,), members)())
+CARD_VALUES = yaml.safe_load(Path(__file__).with_name("card_values.yaml").read_text())
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError)
 
 
-def require_write(user: dict, owner: str | None = None) -> None:
-    """Raise an error unless a user may write: to what `owner` has, or else at all."""
-    require(user["role"], 401, "Invalid username or password.")
-    may = user["role"] == "write" and owner in (None, user["name"], *user["orgs"])
-    require(may, 403, f"This token has no right to write to {owner or 'any'} repositories.")
+class LocalHub(uvicorn.Server):
+    """A Hub whose repositories lie in the folder `root`; it answers on 127.0.0.1 only.
+
+    `tokens` has for each token its user's {"name", "role": "read" or "write", "orgs": [names]}.
+    """
+
+    def __init__(self, root: Path, tokens: dict, port: int = 0):
+        self.root, self.tokens = root.absolute(), tokens
+        self.uploads: dict[str, Path] = {}  # where a large file goes, by the key in an address
+        listener = socket.create_server(("127.0.0.1", port))
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self.origins = {self.url, self.url.replace("127.0.0.1", "localhost")}
+        options = {"lifespan": "off", "ws": "none", "interface": "asgi3", "proxy_headers": False}
+        options |= {"log_level": "error", "timeout_graceful_shutdown": 1, "timeout_keep_alive": 60}
+        super().__init__(uvicorn.Config(self.answer, **options))
+        self.thread = threading.Thread(target=self.run, args=([listener],), daemon=True)
+
+    def start(self) -> None:
+        """Serve in a thread of its own; return when connections are accepted."""
+        self.thread.start()
+        while not self.started:
+            time.sleep(0.001)
+
+    def stop(self) -> None:
+        self.should_exit = True
+        self.thread.join()
+
+    async def answer(self, scope, receive, send) -> None:
+        """Answer a request (ASGI): without a pause, so that no two change something together."""
+        request = Request(scope, receive)
+        try:
+            host = f"http://{request.headers.get('host')}"  # a page from elsewhere has another
+            is_own = {host, request.headers.get("origin", host)} <= self.origins
+            require(is_own, 403, "The local Hub serves itself only.")
+            reply = Call(self, request, await request.body()).route()
+            reply = reply if isinstance(reply, Response) else JSONResponse(reply)
+        except Exception as error:  # becomes a reply that huggingface_hub understands
+            status, message = 400 if isinstance(error, MALFORMED) else 500, f"Invalid: {error!r}"
+            if isinstance(error, HTTPException):
+                status, message = error.status_code, error.detail
+            message = re.sub("[^ -~]+", " ", message).strip()
+            headers = {"X-Error-Message": message} | (getattr(error, "headers", None) or {})
+            reply = JSONResponse({"error": message}, status, headers)
+        await reply(scope, receive, send)
 
 
-async def on_error(request: Request, error: Exception) -> JSONResponse:
-    """Reply in the form that huggingface_hub understands."""
-    status, message = 400 if isinstance(error, MALFORMED) else 500, f"Invalid request: {error!r}"
-    if isinstance(error, HTTPException):
-        status, message = error.status_code, error.detail
-    message = re.sub("[^ -~]+", " ", message).strip()
-    headers = {"X-Error-Message": message} | (getattr(error, "headers", None) or {})
-    return JSONResponse({"error": message}, status, headers)
+class Call:
+    """One request, and its user; `route` gives the reply, or what becomes JSON."""
 
+    def __init__(self, hub: LocalHub, request: Request, body: bytes):
+        self.hub, self.request, self.query, self.body = hub, request, request.query_params, body
+        token = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
+        require(not token or token in hub.tokens, 401, "Invalid credentials in Authorization")
+        self.user = hub.tokens.get(token, {"name": None, "role": None, "orgs": []})
 
-def build_app(root: Path, tokens: dict, origins: list[str], verbose: bool) -> FastAPI:
-    """Return the application of a LocalHub."""
-    app, uploads = FastAPI(openapi_url=None, redirect_slashes=False), {}
-    locks = collections.defaultdict(asyncio.Lock)  # one for each repository, held to change it
-    for kind in (HTTPException, *MALFORMED, Exception):
-        app.add_exception_handler(kind, on_error)
+    @property
+    def json(self) -> dict:
+        return json.loads(self.body)
 
-    @app.middleware("http")
-    async def guard(request: Request, call_next):
-        """Refuse what a web page from elsewhere may have sent (CSRF, DNS rebinding)."""
-        request.scope["path"] = request.scope["raw_path"].decode()  # refs%2Fpr%2F1 is one part
-        host = f"http://{request.headers.get('host')}"
-        if {host, request.headers.get("origin", host)} <= {*origins}:
-            reply = await call_next(request)
-        else:
-            reply = await on_error(request, HTTPException(403, "The local Hub serves itself only."))
-        if verbose:
-            print(request.method, request.scope["path"], reply.status_code, file=sys.stderr)
+    def require_write(self, owner: str | None = None) -> None:
+        """Raise an error unless the user may write: to what `owner` has, or else at all."""
+        require(self.user["role"], 401, "Invalid username or password.")
+        is_owner = owner in (None, self.user["name"], *self.user["orgs"])
+        message = f"This token has no right to write to {owner or 'any'} repositories."
+        require(is_owner and self.user["role"] == "write", 403, message)
+
+    def find(self, kind: str, name: list[str]) -> Repository:
+        repo = Repository(self.hub.root, kind, "/".join(name))
+        is_member = repo.owner in (self.user["name"], *self.user["orgs"])
+        found = repo.state and (is_member or not repo.state["private"])
+        require(found, 404, "Repository not found", "RepoNotFound")
+        return repo
+
+    def route(self) -> object:
+        path = [unquote(p) for p in self.request.scope["raw_path"].decode().split("/")[1:]]
+        if path[0] not in ("api", "lfs", "datasets", "spaces"):
+            path = ["models", *path]
+        match self.request.method, *path:
+            case "GET", "api", "whoami-v2":
+                require(role := self.user["role"], 401, "Invalid username or password.")
+                orgs = [{"name": org, "type": "org"} for org in self.user["orgs"]]
+                auth = {"type": "access_token", "accessToken": {"displayName": "a", "role": role}}
+                return {"type": "user", "name": self.user["name"], "orgs": orgs, "auth": auth}
+            case "POST" | "DELETE" as method, "api", "repos", "create" | "delete":
+                return self.create_or_delete(method, self.json)
+            case "POST", "api", "validate-yaml":
+                errors = [{"message": message} for message in card_errors(self.json["content"])]
+                return JSONResponse({"errors": errors, "warnings": []}, 400 if errors else 200)
+            case "PUT", "lfs", key:
+                digest = hashlib.sha256(self.body).hexdigest()
+                require(key in self.hub.uploads, 403, "Nobody was given this address")
+                require(digest == self.hub.uploads[key].name, 400, "The content has another sha256")
+                return self.hub.uploads[key].write_bytes(self.body)
+            case "POST", "lfs", key, "verify":
+                file = self.hub.uploads[key]
+                whole = file.is_file() and file.stat().st_size == self.json["size"]
+                return require(whole, 400, f"There is no object {file.name} of that size")
+            case method, "api", "models" | "datasets" | "spaces" as kind, *rest:
+                return self.route_api(self.find(kind, rest[:2]), method, *rest[2:])
+            case method, "api", "jobs" | "buckets" as kind, *rest:
+                return jobs.answer(self, method, kind, *rest)
+            case method, "models" | "datasets" | "spaces" as kind, *rest:
+                name = [part.removesuffix(".git") for part in rest[:2]]
+                return self.route_files(self.find(kind, name), method, *rest[2:])
+        raise HTTPException(404, "Not found")
+
+    def create_or_delete(self, method: str, body: dict) -> object:
+        owner = body.get("organization") or self.user["name"]
+        self.require_write(owner)
+        repo = Repository(
+            self.hub.root, f"{body.get('type') or 'model'}s", f"{owner}/{body['name']}"
+        )
+        if method == "DELETE":
+            require(repo.state, 404, "Repository not found", "RepoNotFound")
+            return shutil.rmtree(repo.folder)
+        reply = {"url": f"{self.request.base_url}{repo.page}", "name": repo.name}
+        if repo.state:
+            return JSONResponse(reply, 409, {"X-Error-Message": "You already created this repo"})
+        variables = {variable["key"]: variable for variable in body.get("variables") or []}
+        repo.create(body.get("visibility") == "private", body.get("sdk"), variables)
         return reply
 
-    async def get_user(request: Request) -> dict:
-        token = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
-        known = not token or token in tokens
-        require(known, 401, "Invalid credentials in Authorization header")
-        return tokens.get(token, {"name": None, "role": None, "orgs": []})
+    def route_files(self, repo: Repository, method: str, *path: str) -> object:
+        """Reply with a file, or with addresses to send large files to."""
+        match method, *path:
+            case "GET" | "HEAD", "resolve", revision, *parts:
+                commit = repo.resolve(revision)
+                file, oid = repo.file(commit, "/".join(parts))
+                headers = {"X-Repo-Commit": commit, "ETag": f'"{oid}"'}
+                return FileResponse(file, headers=headers, media_type="application/octet-stream")
+            case "POST", "info", "lfs", "objects", "batch":
+                self.require_write()
+                objects = [{"oid": o["oid"], "size": int(o["size"])} for o in self.json["objects"]]
+                for item in (item for item in objects if not repo.holds(item["oid"])):
+                    href = f"{self.request.base_url}lfs/{(key := secrets.token_hex())}"
+                    self.hub.uploads[key] = repo.objects / item["oid"]
+                    item["actions"] = {
+                        "upload": {"href": href},
+                        "verify": {"href": f"{href}/verify"},
+                    }
+                return {"transfer": "basic", "objects": objects}
+        raise HTTPException(404, "Not found")
 
-    User, Raw = Annotated[dict, Depends(get_user)], Annotated[bytes, Body()]
+    def route_api(self, repo: Repository, method: str, *path: str) -> object:
+        """Reply to a call of a repository's API."""
+        refs, variables = repo.state["refs"], repo.state["variables"]
+        match method, *path:
+            case ("GET",) | ("GET", "revision", _):
+                return repo.info(repo.resolve(path[1] if path else "main"))
+            case "GET", "tree", revision, *parts:
+                return self.list_page(repo, repo.resolve(revision), "/".join(parts))
+            case "GET", "commits", revision:
+                return repo.log(repo.resolve(revision))
+            case "GET", "refs":
+                kinds = {"branches": "heads", "tags": "tags", "pullRequests": "pr"}
+                return {key: repo.refs(kind) for key, kind in kinds.items()} | {"converts": []}
+            case "GET", "runtime":
+                return repo.runtime()
+            case "GET", "variables":
+                return variables
+            case "GET", "auth-check":
+                return None
+            case "POST", "paths-info", revision:
+                tree, form = repo.tree(repo.resolve(revision)), parse_qs(self.body.decode())
+                return [tree[path] for path in form["paths"] if path in tree]
+            case "POST", "preupload", revision:
+                self.require_write()
+                files = repo.files(repo.resolve(revision))
+                known = {path: file.get("lfs", file)["oid"] for path, file in files.items()}
+                return {"files": [repo.preupload(known, **file) for file in self.json["files"]]}
+            case "POST", "commit", revision:
+                return self.commit(repo, revision)
+        self.require_write(repo.owner)
+        match method, *path:
+            case ("GET", "auth-check", "write") | ("POST", "secrets"):
+                return None  # nothing runs here that could use a secret
+            case "POST", "variables":
+                variables[self.json["key"]] = self.json
+            case "DELETE", "variables":
+                variables.pop(self.json["key"], None)
+            case "POST", "branch", name:
+                repo.add_ref(f"refs/heads/{name}", self.json.get("startingPoint") or "main")
+            case "POST", "tag", revision:
+                repo.add_ref(f"refs/tags/{self.json['tag']}", revision)
+            case "DELETE", "branch" | "tag" as kind, name:
+                ref = f"refs/{'heads' if kind == 'branch' else 'tags'}/{name}"
+                require(ref != MAIN, 403, f"Cannot delete {ref}: it is the default branch")
+                require(refs.pop(ref, None), 404, f"There is no {ref}", "RevisionNotFound")
+            case _:
+                raise HTTPException(404, "Not found")
+        repo.save()
+        return variables
 
-    def access(right: str):
-        """Return a dependency: the repository of the address, locked unless it is only read."""
+    def list_page(self, repo: Repository, commit: str, path: str) -> Response:
+        """Reply with a part of the entries below a folder, and the address of the next part."""
+        entries = [*repo.tree(commit, path, self.query.get("recursive") in TRUE).values()]
+        require(entries or not path, 404, f"There is no {path}", "EntryNotFound")
+        end = int(self.query.get("cursor", 0)) + PAGE
+        page = entries[end - PAGE : end]
+        if self.query.get("expand") in TRUE:
+            page = [e | {"lastCommit": repo.log(commit, e["path"])[0]} for e in page]
+        link = f'<{self.request.url.include_query_params(cursor=end)}>; rel="next"'
+        return JSONResponse(page, headers={"Link": link} if end < len(entries) else {})
 
-        async def find(user: User, kind: str, name: str, create_pr: bool = False):
-            repo = Repository(root, kind.strip("/") or "models", name)
-            member = repo.owner in (user["name"], *user["orgs"])
-            found = repo.exists and (member or not repo.settings["private"])
-            require(found, 404, "Repository not found", "RepoNotFound")
-            if right == "read":
-                yield repo
-                return
-            repo.proposing = create_pr and right == "commit"  # anybody who may write at all may
-            require_write(user, None if repo.proposing else repo.owner)
-            async with locks[repo.path]:
-                require(repo.exists, 404, "Repository not found", "RepoNotFound")
-                yield repo
-
-        return Annotated[Repository, Depends(find)]
-
-    Readable, Committable, Writable = map(access, ("read", "commit", "write"))
-
-    async def lock_named(user: User, body: dict):
-        """Give the repository that a body names, whether it exists or not."""
-        owner = body.get("organization") or user["name"]
-        require_write(user, owner)
-        repo = Repository(root, f"{body.get('type') or 'model'}s", f"{owner}/{body['name']}")
-        async with locks[repo.path]:
-            yield repo
-
-    Named = Annotated[Repository, Depends(lock_named)]
-
-    @app.get("/api/whoami-v2")
-    def whoami(user: User):
-        require(user["role"], 401, "Invalid username or password.")
-        orgs = [{"name": org, "type": "org", "roleInOrg": "write"} for org in user["orgs"]]
-        token = {"displayName": "local", "role": user["role"]}
-        auth = {"type": "access_token", "accessToken": token}
-        return {"type": "user", "name": user["name"], "orgs": orgs, "auth": auth}
-
-    @app.post("/api/repos/create")
-    def create(request: Request, repo: Named, body: dict):
-        url = f"{request.base_url}{repo.id.removeprefix('models/')}"
-        if repo.exists:
-            error = "You already created this repo"
-            return JSONResponse({"error": error, "url": url}, 409, {"X-Error-Message": error})
-        private = bool(body.get("private")) or body.get("visibility") == "private"
-        variables = {variable["key"]: variable for variable in body.get("variables") or []}
-        repo.create(private, body.get("sdk"), variables)
-        return {"url": url, "name": repo.name}
-
-    @app.delete("/api/repos/delete")
-    def delete(repo: Named):
-        require(repo.exists, 404, "Repository not found", "RepoNotFound")
-        (repo.path / "hub.json").unlink()  # from here on it does not exist
-        shutil.rmtree(repo.path)
-
-    @app.post("/api/validate-yaml")
-    def validate_yaml(body: dict):
-        errors = [{"message": message} for message in find_errors(body["content"])]
-        return JSONResponse({"errors": errors, "warnings": []}, 400 if errors else 200)
-
-    @app.get(REPO)
-    @app.get(REPO + "/revision/{revision:part}")
-    def info(repo: Readable, revision: str = "main"):
-        commit = repo.resolve(revision)
-        files = [entry for entry in repo.tree(commit).values() if entry["type"] == "file"]
-        try:
-            card = read_metadata(repo.file(commit, "README.md")[0].read_text(errors="replace"))
-        except (HTTPException, ValueError):
-            card = {}
-        reply = {"id": repo.name, "sha": commit, "lastModified": repo.log(commit, "", 1)[0]["date"]}
-        reply["siblings"] = [e | {"rfilename": e["path"], "blobId": e["oid"]} for e in files]
-        reply |= {key: repo.settings[key] for key in ("private", "sdk")} | {"cardData": card}
-        reply |= {key: card.get(key) for key in ("pipeline_tag", "library_name")} | {"tags": []}
-        reply |= {"gated": False, "disabled": False, "downloads": 0, "likes": 0}
-        return reply | {"runtime": runtime(repo) if repo.kind == "spaces" else None}
-
-    @app.get(REPO + "/auth-check")
-    def auth_check(repo: Readable):
-        return {}
-
-    @app.get(REPO + "/auth-check/write")
-    @app.post(REPO + "/secrets")
-    def auth_check_write(repo: Writable):
-        return {}  # a secret is not kept: nothing runs here that could use it
-
-    @app.get(REPO + "/tree/{revision:part}")
-    @app.get(REPO + "/tree/{revision:part}/{path:path}")
-    def tree(request: Request, repo: Readable, revision: str, path: str = "", cursor: int = 0):
-        commit, query = repo.resolve(revision), request.query_params
-        entries = [*repo.tree(commit, path, query.get("recursive") in TRUE).values()]
-        if path and not entries:
-            repo.file(commit, path)  # raises EntryNotFound
-        page = entries[cursor : cursor + PAGE]
-        if query.get("expand") in TRUE:
-            page = [e | {"lastCommit": repo.log(commit, e["path"], limit=1)[0]} for e in page]
-        following = request.url.include_query_params(cursor=cursor + PAGE)
-        more = cursor + PAGE < len(entries)
-        return JSONResponse(page, headers={"Link": f'<{following}>; rel="next"'} if more else {})
-
-    @app.post(REPO + "/paths-info/{revision:part}")
-    def paths_info(repo: Readable, revision: str, body: Raw):
-        tree = repo.tree(repo.resolve(revision))
-        return [tree[path] for path in parse_qs(body.decode())["paths"] if path in tree]
-
-    @app.get(REPO + "/commits/{revision:part}")
-    def commits(repo: Readable, revision: str):
-        return repo.log(repo.resolve(revision))
-
-    @app.get(REPO + "/refs")
-    def refs(repo: Readable):
-        folders = {"branches": "heads", "tags": "tags", "pullRequests": "pr", "converts": "convert"}
-        return {key: repo.refs(folder) for key, folder in folders.items()}
-
-    @app.get(REPO + "/runtime")
-    def runtime(repo: Readable):  # a Space is kept here, not run
-        stage = "STOPPED" if repo.tree(repo.resolve("main"), "app.py") else "NO_APP_FILE"
-        hardware = {"current": None, "requested": "cpu-basic"}
-        return {"stage": stage, "hardware": hardware, "storage": None, "gcTimeout": None}
-
-    @app.get(REPO + "/variables")
-    def variables(repo: Readable):
-        return repo.settings["variables"]
-
-    @app.api_route(REPO + "/variables", methods=["POST", "DELETE"])
-    def change_variable(request: Request, repo: Writable, body: dict):
-        settings = repo.settings
-        settings["variables"].pop(body["key"], None)
-        if request.method == "POST":
-            settings["variables"][body["key"]] = body
-        repo.save_settings(settings)
-        return settings["variables"]
-
-    @app.post(REPO + "/preupload/{revision:part}")
-    def preupload(repo: Committable, revision: str, body: dict):
-        tree, files = repo.tree(repo.resolve(revision)), []
-        for file in body["files"]:
-            path, entry = file["path"], tree.get(file["path"], {"oid": None})
-            oid = entry.get("lfs", entry)["oid"]
-            if "lfs" in entry and not repo.holds(oid):
-                oid = None  # so that the client sends a damaged one again
-            mode = "lfs" if is_lfs(path, file["size"]) else "regular"
-            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
-        return {"files": files}
-
-    @app.post(FILES + ".git/info/lfs/objects/batch")
-    def lfs_batch(request: Request, user: User, repo: Readable, body: dict):
-        require_write(user)
-        objects = [{"oid": item["oid"], "size": int(item["size"])} for item in body["objects"]]
-        for item in objects:
-            require(re.fullmatch("[0-9a-f]{64}", item["oid"]), 400, f"{item['oid']} is no sha256")
-            if not repo.holds(item["oid"]):
-                key = secrets.token_hex(16)
-                uploads[key] = repo, item["oid"]
-                href = f"{request.base_url}lfs/{key}"
-                item["actions"] = {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}
-        return {"transfer": "basic", "objects": objects}
-
-    @app.put("/lfs/{key}")
-    async def lfs_upload(request: Request, key: str):
-        require(key in uploads, 403, "Nobody was given this address")
-        repo, oid = uploads[key]
-        with replace(repo.lfs / oid, oid) as file:
-            async for chunk in request.stream():
-                file.write(chunk)
-
-    @app.post("/lfs/{key}/verify")
-    def lfs_verify(key: str, body: dict):
-        require(key in uploads, 403, "Nobody was given this address")
-        file = uploads[key][0].lfs / uploads[key][1]
-        whole = file.is_file() and file.stat().st_size == body["size"]
-        require(whole, 400, f"There is no object {file.name} of that size")
-
-    @app.post(REPO + "/commit/{revision:part}")
-    def commit(request: Request, user: User, repo: Committable, revision: str, body: Raw):
-        header, *lines = [(x["key"], x["value"]) for x in map(json.loads, body.splitlines())]
-        changes = dict(repo.read_change(key, value) for key, value in lines)
-        message = "\n\n".join(filter(None, (header[1]["summary"], header[1].get("description"))))
+    def commit(self, repo: Repository, revision: str) -> dict:
+        """Make a commit, or a pull request, which anybody may who may write at all."""
+        is_proposed = self.query.get("create_pr") in TRUE
+        self.require_write(None if is_proposed else repo.owner)
+        header, *lines = [json.loads(line) for line in self.body.splitlines()]
+        changes = dict(repo.read_change(line["key"], line["value"]) for line in lines)
+        title, text = header["value"]["summary"], header["value"].get("description") or ""
         ref = revision if revision.startswith("refs/pr/") else f"refs/heads/{revision}"
-        parent = repo.resolve(ref)
-        fresh = header[1].get("parentCommit") in (None, parent)
+        parent, number = repo.resolve(ref), len(repo.refs("pr")) + 1
+        fresh = header["value"].get("parentCommit") in (None, parent)
         require(fresh, 412, "A commit has happened since. Please refresh and try again.")
-        number = len(repo.refs("pr")) + 1
-        ref = f"refs/pr/{number}" if repo.proposing else ref
-        oid = repo.commit(ref, message, changes, parent, user["name"])
-        url = f"{request.base_url}{repo.id.removeprefix('models/')}"
-        pull_request = f"{url}/discussions/{number}" if repo.proposing else None
-        reply = {"commitOid": oid, "commitUrl": f"{url}/commit/{oid}", "hookOutput": ""}
-        return reply | {"success": True, "pullRequestUrl": pull_request}
+        ref = f"refs/pr/{number}" if is_proposed else ref
+        oid = repo.commit(ref, title, changes, parent, text, self.user["name"])
+        page = f"{self.request.base_url}{repo.page}"
+        reply = {"commitOid": oid, "commitUrl": f"{page}/commit/{oid}", "success": True}
+        return reply | ({"pullRequestUrl": f"{page}/discussions/{number}"} if is_proposed else {})
 
-    @app.post(REPO + "/{ref_type:ref_type}/{revision:part}")
-    def create_ref(repo: Writable, ref_type: str, revision: str, body: dict):
-        ref, start = f"refs/heads/{revision}", body.get("startingPoint") or "main"
-        if ref_type == "tag":
-            ref, start = f"refs/tags/{body['tag']}", revision
-        repo.git("check-ref-format", ref)
-        require(not repo.git("for-each-ref", ref), 409, f"Reference {ref} already exists")
-        repo.git("update-ref", ref, repo.resolve(start))
 
-    @app.delete(REPO + "/{ref_type:ref_type}/{revision:part}")
-    def delete_ref(repo: Writable, ref_type: str, revision: str):
-        ref = f"refs/{'heads' if ref_type == 'branch' else 'tags'}/{revision}"
-        require(ref != "refs/heads/main", 403, f"Cannot delete {ref}: it is the default branch")
-        repo.git("update-ref", "-d", ref, repo.resolve(ref))
-
-    @app.api_route(FILES + "/resolve/{revision:part}/{path:path}", methods=["GET", "HEAD"])
-    def resolve(repo: Readable, revision: str, path: str):
-        commit = repo.resolve(revision)
-        file, oid = repo.file(commit, path)
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{oid}"'}
-        return FileResponse(file, headers=headers, media_type="application/octet-stream")
-
-    return app
+def card_errors(card: str) -> list[str]:
+    """Return what the Hub would refuse in a card's metadata, as far as it is known here."""
+    try:
+        metadata = ModelCard(card).data.to_dict()
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        return [f"The metadata is malformed: {error}"]
+    errors = []
+    for key, accepted in CARD_VALUES.items():
+        value = metadata.get(key, "other")
+        if not {*(value if isinstance(value, list) else [value])} <= {*accepted}:
+            errors.append(f'"{key}" must be one of [{", ".join(accepted)}]')
+    return errors

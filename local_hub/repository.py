@@ -1,24 +1,30 @@
-"""Repositories of the local Hub: bare git, and large files (LFS) in a folder beside git's own."""
+"""Repositories of the local Hub: refs and commits in a JSON file, contents in files named by hash.
+
+Small files have git's hash, large ones (LFS) their SHA-256, as on the Hub.
+"""
 
 import base64
 import hashlib
 import json
-import os
 import re
 import shutil
-import subprocess
-import tempfile
 import time
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 
+import yaml
+from huggingface_hub import RepoCard
+from huggingface_hub.utils.sha import git_hash
 from starlette.exceptions import HTTPException
 
-LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".arrow", ".onnx", ".png", ".jpg", ".zip")
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize {}\n"
-POINTER_PATTERN = re.compile(POINTER.format("([0-9a-f]{64})", r"(\d+)").encode())
+MAIN = "refs/heads/main"
+# As in `git check-ref-format`.
+REF = re.compile(r"(?!.*(\.\.|//|@\{|/\.|\.lock(/|$)|[/.]$))[^./][^\0- \x7f~^:?*[\\\ud800-\udfff]*")
 NAME = r"\w[\w.-]{0,95}(?<!\.git)"
 ID_PATTERN = re.compile(rf"(models|datasets|spaces)/(?!.*(--|\.\.)){NAME}/{NAME}", re.ASCII)
+LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".arrow", ".onnx", ".png", ".jpg", ".zip")
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize {}\n"
+POINTER_PATTERN = re.compile(POINTER.format("([0-9a-f]{64})", r"\d+").encode())
 
 
 def require(condition: object, status: int, message: str, code: str = "", **headers: str) -> None:
@@ -31,160 +37,170 @@ def is_lfs(path: str, size: int) -> bool:
     return size > 0 and (path.endswith(LFS_SUFFIXES) or size > 10 * 2**20)
 
 
-def sha256(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-@contextmanager
-def replace(target: Path, digest: str = ""):
-    """Give a file to write, which then replaces `target` if it has the sha256 `digest`."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        with open(Path(folder, "new"), "wb") as file:
-            yield file
-        require(digest in ("", sha256(Path(folder, "new"))), 400, "The content has another sha256")
-        os.replace(Path(folder, "new"), target)
-
-
 class Repository:
-    """A model, dataset or Space: `root/kind/owner/name.git`, with its settings in `hub.json`."""
+    """A model, dataset or Space in `root/kind/owner/name`; `state` is None if it does not exist."""
 
     def __init__(self, root: Path, kind: str, name: str):
-        self.kind, self.name, self.owner = kind, name, name.split("/")[0]
-        self.path, self.id = root.absolute() / kind / f"{name}.git", f"{kind}/{name}"
-        self.lfs = self.path / "lfs"  # each has its own large files: no other gives them away
+        self.kind, self.name, self.owner, self.id = kind, name, name.split("/")[0], f"{kind}/{name}"
+        self.folder, self.state = root.absolute() / self.id, None
+        self.page = self.id.removeprefix("models/")  # its address
+        self.objects = self.folder / "objects"  # each has its own: no other gives them away
+        if ID_PATTERN.fullmatch(self.id):
+            with suppress(FileNotFoundError):
+                self.state = json.loads((self.folder / "hub.json").read_bytes())
 
-    @property
-    def exists(self) -> bool:
-        return ID_PATTERN.fullmatch(self.id) is not None and (self.path / "hub.json").is_file()
-
-    @property
-    def settings(self) -> dict:
-        return json.loads((self.path / "hub.json").read_text())
-
-    def save_settings(self, settings: dict) -> None:
-        with replace(self.path / "hub.json") as file:
-            file.write(json.dumps(settings).encode())
+    def save(self) -> None:
+        (self.folder / "new.json").write_text(json.dumps(self.state))
+        (self.folder / "new.json").replace(self.folder / "hub.json")
 
     def create(self, private: bool = False, sdk: str | None = None, variables: dict | None = None):
         """Make it, with a first commit that says which files are large, as the Hub does."""
         require(ID_PATTERN.fullmatch(self.id), 400, f"Invalid repository name: {self.id}")
-        shutil.rmtree(self.path, ignore_errors=True)  # the rest of an interrupted creation
-        self.lfs.mkdir(parents=True)
-        (self.path / "blobs").mkdir()
-        self.git("init", "--bare", "--quiet", "--initial-branch=main")
-        attributes = "".join(f"*{s} filter=lfs diff=lfs merge=lfs -text\n" for s in LFS_SUFFIXES)
-        self.commit("refs/heads/main", "initial commit", {".gitattributes": attributes.encode()})
-        self.save_settings({"private": private, "sdk": sdk, "variables": variables or {}})
+        shutil.rmtree(self.folder, ignore_errors=True)  # the rest of an interrupted creation
+        self.objects.mkdir(parents=True)
+        self.state = {"private": private, "sdk": sdk, "variables": variables or {}}
+        self.state |= {"refs": {}, "commits": {}}
+        text = "".join(f"*{s} filter=lfs diff=lfs merge=lfs -text\n" for s in LFS_SUFFIXES)
+        file = self.add_file(".gitattributes", text.encode())
+        self.commit(MAIN, "initial commit", {".gitattributes": file})
 
     def add_folder(self, folder: Path) -> None:
         """Commit a whole folder to `main`."""
-        changes = {}
-        for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-            path = file.relative_to(folder).as_posix()
-            if large := is_lfs(path, file.stat().st_size):
-                shutil.copyfile(file, self.lfs / sha256(file))
-            changes[path] = self.pointer(sha256(file)) if large else file.read_bytes()
-        self.commit("refs/heads/main", f"Add {folder.name}", changes, self.resolve("main"))
+        files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*"))}
+        changes = {p: self.add_file(p, f.read_bytes()) for p, f in files.items() if f.is_file()}
+        self.commit(MAIN, f"Add {folder.name}", changes, self.resolve(MAIN))
 
-    def git(self, *arguments: str, stdin: bytes = b"") -> bytes:
-        command = ["git", "--literal-pathspecs", "--git-dir", str(self.path), *arguments]
-        environment = {"PATH": os.environ["PATH"], "GIT_CONFIG_GLOBAL": os.devnull}
-        done = subprocess.run(command, input=stdin, capture_output=True, env=environment)
-        require(done.returncode == 0, 400, done.stderr.decode(errors="replace"))
-        return done.stdout
+    def add_file(self, path: str, content: bytes) -> dict:
+        """Keep the content of a file; return the file as the API gives it."""
+        is_large = is_lfs(path, len(content))
+        oid = hashlib.sha256(content).hexdigest() if is_large else git_hash(content)
+        (self.objects / oid).write_bytes(content)
+        small = {"type": "file", "oid": oid, "size": len(content), "path": path}
+        return self.large_file(path, oid) if is_large else small
+
+    def large_file(self, path: str, oid: str) -> dict:
+        """Return a large file, which was uploaded to this repository, as the API gives it."""
+        require(self.holds(oid), 400, f"The LFS object {oid} was not uploaded to this repository")
+        size = (self.objects / oid).stat().st_size
+        pointer = POINTER.format(oid, size).encode()  # what git has in its place
+        lfs = {"oid": oid, "sha256": oid, "size": size, "pointerSize": len(pointer)}
+        return {"type": "file", "oid": git_hash(pointer), "size": size, "path": path, "lfs": lfs}
+
+    def holds(self, oid: str) -> bool:
+        """Return whether a large file is here, undamaged."""
+        require(re.fullmatch("[0-9a-f]{64}", oid), 400, f"{oid} is no SHA-256")
+        with suppress(FileNotFoundError), open(self.objects / oid, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == oid
+        return False
+
+    def preupload(self, known: dict[str, str], path: str, size: int, **others: str) -> dict:
+        """Return how a file is to be sent; `oid` is its hash here if it is known and undamaged."""
+        oid, mode = known.get(path), "lfs" if is_lfs(path, size) else "regular"
+        oid = oid if oid and (len(oid) == 40 or self.holds(oid)) else None
+        return {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid}
+
+    def read_change(self, key: str, value: dict) -> tuple[str, dict | None]:
+        """Return path and file (None: deleted) of a line of a commit request."""
+        path = value["path"].rstrip("/")
+        allowed = not {"", ".", "..", ".git"} & {*path.lower().split("/")}
+        require(
+            allowed and b"\0" not in path.encode(), 400, f"A repository can't have a file {path}"
+        )
+        if key == "lfsFile":
+            return path, self.large_file(path, value["oid"])
+        if key != "file":
+            return path, None
+        content = base64.b64decode(value["content"], validate=True)
+        if pointer := POINTER_PATTERN.fullmatch(content):
+            return path, self.large_file(path, pointer[1].decode())
+        return path, self.add_file(path, content)
+
+    def commit(self, ref: str, title: str, changes: dict, parent="", text="", user="hub") -> str:
+        """Write {path: file, or None to delete it} as one commit, and return its hash."""
+        files = self.files(parent)
+        for path, file in changes.items():
+            for replaced in self.files(parent, path):
+                files.pop(replaced, None)
+            files |= {path: file} if file else {}
+        info = {"title": title, "message": text, "authors": [{"user": user}]}
+        info["date"] = time.strftime("%FT%T.000Z", time.gmtime())
+        oid = git_hash(json.dumps([info, parent, files]).encode())
+        self.state["commits"][oid] = {"info": info | {"id": oid}, "parent": parent, "files": files}
+        self.state["refs"][ref] = oid
+        self.save()
+        return oid
+
+    def add_ref(self, ref: str, revision: str) -> None:
+        require(REF.fullmatch(ref), 400, f"{ref} is no valid name")
+        require(ref not in self.state["refs"], 409, f"Reference {ref} already exists")
+        self.state["refs"][ref] = self.resolve(revision)
 
     def resolve(self, revision: str) -> str:
         """Return the commit of a branch, a tag, `refs/pr/N` or a hash."""
-        plain = re.sub(r"[~^:@\0]", "..", revision)  # without git's other notations for commits
-        done = self.git("rev-parse", "--revs-only", f"{plain}^{{commit}}").decode().split()
-        require(len(done) == 1, 404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return done[0]
+        refs, commits = self.state["refs"], self.state["commits"]
+        names = (revision, f"refs/tags/{revision}", f"refs/heads/{revision}")
+        hits = [refs[name] for name in names if name in refs][:1]
+        hits = hits or [oid for oid in commits if oid.startswith(revision) and len(revision) > 6]
+        require(len(hits) == 1, 404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return hits[0]
 
-    def refs(self, folder: str) -> list[dict]:
-        output = self.git("for-each-ref", "--format=%(refname) %(objectname)", f"refs/{folder}/")
-        pairs = [line.split() for line in output.decode().splitlines()]
-        return [{"name": r.split("/", 2)[2], "ref": r, "targetCommit": c} for r, c in pairs]
+    def refs(self, kind: str) -> list[dict]:
+        """Return the refs of a kind ("heads", "tags", "pr"), as the API gives them."""
+        start, refs = f"refs/{kind}/", self.state["refs"]
+        names = [ref.removeprefix(start) for ref in refs if ref.startswith(start)]
+        return [{"name": n, "ref": start + n, "targetCommit": refs[start + n]} for n in names]
 
-    def log(self, commit: str, path: str = "", limit: int = 10**6) -> list[dict]:
-        """Return the commits that lead to `commit`, the latest first, as the API gives them."""
-        layout = ["-z", "--date=format:%FT%T.000Z", "--format=%H%x00%an%x00%cd%x00%s%x00%b"]
-        output = self.git("log", f"-{limit}", *layout, commit, *(["--", path] if path else []))
-        fields, commits = output.decode(errors="replace").split("\0"), []
-        for oid, author, date, title, body in zip(*(fields[i::5] for i in range(5)), strict=False):
-            entry = {"id": oid, "title": title, "message": body.strip(), "date": date}
-            commits.append(entry | {"authors": [{"user": author}]})
+    def log(self, commit: str, path: str = "") -> list[dict]:
+        """Return the commits behind `commit` that changed `path`, the latest first."""
+        commits = []
+        while commit:
+            entry = self.state["commits"][commit]
+            if not path or self.files(commit, path) != self.files(entry["parent"], path):
+                commits.append(entry["info"])
+            commit = entry["parent"]
         return commits
 
+    def files(self, commit: str, path: str = "") -> dict[str, dict]:
+        """Return the files of a commit ("": no commit) at or below a path, by path."""
+        files = self.state["commits"][commit]["files"] if commit else {}
+        start = f"{path}/" if path else ""
+        return {name: file for name, file in files.items() if f"{name}/".startswith(start)}
+
     def tree(self, commit: str, path: str = "", recursive: bool = True) -> dict[str, dict]:
-        """Return the entries below a folder, or the file, by their paths, as the API gives them."""
-        options = ["-z", "-l", *(["-r", "-t"] if recursive else []), commit]
-        listing = self.git("ls-tree", *options, *(["--", path, f"{path}/"] if path else []))
-        entries = {}
-        for line in listing.decode().split("\0")[:-1]:
-            _, kind, oid, size, name = re.split(" +|\t", line, maxsplit=4)
-            kind, size = ("file", int(size)) if kind == "blob" else ("directory", 0)
-            if kind == "file" or not f"{path}/".startswith(f"{name}/"):  # not the folder itself
-                entries[name] = {"type": kind, "oid": oid, "size": size, "path": name}
-        small = [entry for entry in entries.values() if 120 < entry["size"] < 150]  # as pointers
-        stdin = "".join(f"{entry['oid']}\n" for entry in small).encode()
-        output = self.git("cat-file", "--batch", stdin=stdin) if small else b""
-        for entry in small:
-            size, output = entry["size"], output.split(b"\n", 1)[1]
-            if match := POINTER_PATTERN.fullmatch(output[:size]):
-                lfs = {"oid": match[1].decode(), "size": int(match[2]), "pointerSize": size}
-                entry |= {"size": lfs["size"], "lfs": lfs | {"sha256": lfs["oid"]}}
-            output = output[size + 1 :]
-        return entries
+        """Return the entries below a folder by their paths, as the API gives them."""
+        entries, start = self.files(commit, path), f"{path}/" if path else ""
+        for folder in {str(f) for name in entries for f in PurePosixPath(name).parents} - {"."}:
+            oid = git_hash(json.dumps(self.files(commit, folder)).encode())
+            entries[folder] = {"type": "directory", "oid": oid, "size": 0, "path": folder}
+        below = {
+            name: name.removeprefix(start) for name in sorted(entries) if name.startswith(start)
+        }
+        return {name: entries[name] for name in below if recursive or "/" not in below[name]}
 
     def file(self, commit: str, path: str) -> tuple[Path, str]:
         """Return where the content of a file lies, and its hash."""
-        entry = self.tree(commit, path, recursive=False).get(path, {"type": None})
-        headers = {"X-Repo-Commit": commit}
-        require(entry["type"] == "file", 404, f"{path} does not exist", "EntryNotFound", **headers)
-        oid = entry.get("lfs", entry)["oid"]
-        if "lfs" in entry:
-            return self.lfs / oid, oid
-        if not (blob := self.path / "blobs" / oid).exists():  # taken out of git, to be sent
-            with replace(blob) as file:
-                file.write(self.git("cat-file", "blob", oid))
-        return blob, oid
+        file, headers = self.files(commit, path).get(path), {"X-Repo-Commit": commit}
+        require(file, 404, f"{path} does not exist", "EntryNotFound", **headers)
+        oid = file.get("lfs", file)["oid"]
+        return self.objects / oid, oid
 
-    def commit(self, ref: str, message: str, changes: dict, parent: str = "", author: str = "hub"):
-        """Write {path: bytes, or None to delete it} as one commit, and return its hash."""
+    def info(self, commit: str) -> dict:
+        """Return what the API says of it."""
+        files, data = self.files(commit), {}
+        with suppress(
+            HTTPException, ValueError, TypeError, yaml.YAMLError
+        ):  # no card, or a bad one
+            card = RepoCard(self.file(commit, "README.md")[0].read_text(errors="replace"))
+            text = json.dumps(card.data.to_dict(), default=str)  # dates become text, and NaN null
+            data = json.loads(text, parse_constant=lambda name: None)
+        siblings = [f | {"rfilename": path, "blobId": f["oid"]} for path, f in files.items()]
+        info = {"id": self.name, "sha": commit, "lastModified": self.log(commit)[0]["date"]}
+        info |= {"private": self.state["private"], "sdk": self.state["sdk"], "gated": False}
+        info |= {"tags": [], "siblings": siblings, "cardData": data}
+        return info | {key: data.get(key) for key in ("pipeline_tag", "library_name")}
 
-        def data(content: bytes) -> bytes:
-            return b"data %d\n%b\n" % (len(content), content)
-
-        identity = f"{author} <{author}@localhost> {int(time.time())} +0000"
-        stream = [f"commit {ref}\ncommitter {identity}\n".encode(), data(message.encode())]
-        stream.append(f"from {parent}\n".encode() if parent else b"")
-        for path, content in changes.items():
-            quoted = '"' + re.sub(r'(["\\])', r"\\\1", path).replace("\n", r"\n") + '"'
-            line = f"D {quoted}\n" if content is None else f"M 100644 inline {quoted}\n"
-            stream += [line.encode(), b"" if content is None else data(content)]
-        self.git("fast-import", "--quiet", "--date-format=raw-permissive", stdin=b"".join(stream))
-        return self.resolve(ref)
-
-    def read_change(self, key: str, value: dict) -> tuple[str, bytes | None]:
-        """Return path and content (None: deleted) of a line of a commit request."""
-        path, content = value["path"].rstrip("/"), None
-        allowed = "\0" not in path and not {"", ".", "..", ".git"} & {*path.lower().split("/")}
-        require(allowed, 400, f"A repository can't have a file {path}")
-        if key == "lfsFile":
-            content = self.pointer(value["oid"])
-        elif key == "file":
-            content = base64.b64decode(value["content"], validate=True)
-            if match := POINTER_PATTERN.fullmatch(content):
-                self.pointer(match[1].decode())
-        return path, content
-
-    def holds(self, oid: str) -> bool:
-        """Tell whether a large file is here, undamaged."""
-        return (self.lfs / oid).is_file() and sha256(self.lfs / oid) == oid
-
-    def pointer(self, oid: str) -> bytes:
-        """Return what stands in git for a large file that was uploaded to this repository."""
-        here = re.fullmatch("[0-9a-f]{64}", oid) and (self.lfs / oid).is_file()
-        require(here, 400, f"The LFS object {oid} was not uploaded to this repository")
-        return POINTER.format(oid, (self.lfs / oid).stat().st_size).encode()
+    def runtime(self) -> dict:
+        """Return the state of a Space: it is kept here, not run."""
+        commit, hardware = self.resolve(MAIN), {"current": None, "requested": "cpu-basic"}
+        stage = "STOPPED" if "app.py" in self.files(commit) else "NO_APP_FILE"
+        return {"stage": stage, "sha": commit, "hardware": hardware}

@@ -159,8 +159,7 @@ class Recipe:
                 self.settings[attribute] = value
 
     def save(self, folder: Path) -> None:
-        text = yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True)
-        (folder / "recipe.yaml").write_text(text, "utf-8")
+        (folder / "recipe.yaml").write_text(to_yaml(self.settings), "utf-8")
 
 
 def _parse(value):
@@ -234,6 +233,11 @@ def load_recipe(name: str, overrides: list[str] = (), run: str | None = None) ->
     recipe = Recipe(run, *groups, training, resolved)
     check_values(recipe)
     return recipe
+
+
+def to_yaml(settings: dict) -> str:
+    """Return settings as the text of a recipe.yaml."""
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
 def load_settings(model: str) -> dict | None:

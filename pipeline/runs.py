@@ -239,17 +239,19 @@ def hardware() -> str:
     return f"{count} core{'s' * (count > 1)} of {names[0] if names else cpu}"
 
 
-def code_revision() -> str | None:
-    """Return the commit of the code, with "+changes" if files differ from it; None outside git."""
-
-    def git(*args: str) -> str:
-        command = ["git", "-C", Path(__file__).parent, *args]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
+def git(*arguments: str) -> str | None:
+    """Return what git prints of the repository of the code; None outside one."""
+    command = ["git", "-C", Path(__file__).parent, *arguments]
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def code_revision() -> str | None:
+    """Return the commit of the code, with "+changes" if files differ from it; None outside git."""
+    commit = git("rev-parse", "HEAD")
+    return f"{commit}+changes" if commit and git("status", "--porcelain") else commit
 
 
 def has_fast_bfloat16() -> bool:

@@ -30,46 +30,42 @@ def main() -> None:
     args = parser.parse_args()
     if args.pr and args.tag:
         raise UserError("A pull request can't be tagged: tag it when it is merged.")
+    if args.verify_only and not args.repo:
+        raise UserError("Say what to verify, as REPO=you/model or REPO=you/model@v1.")
     from datasets import disable_progress_bars  # after the arguments: the imports take seconds
     from transformers.utils.logging import disable_progress_bar
 
-    from pipeline import runs
     from pipeline.publish.connection import connect
     from pipeline.publish.hub import Repository
     from pipeline.publish.verify import SAMPLE_SIZE, verify
+    from pipeline.runs import split_revision
 
     disable_progress_bars()
     disable_progress_bar()
     if args.verify_only:
-        if not args.repo:
-            raise UserError("Say what to verify, as REPO=you/model or REPO=you/model@v1.")
-        name, commit = runs.split_revision(args.repo)
+        name, commit = split_revision(args.repo)
         repository, back = Repository(connect(anonymous=True), name), ""
     else:
         repository, commit, back = push(connect(), args)
-        if commit is None:
+        if args.dry_run:
             return
 
     # Only what passes the verification is tagged.
     try:
         images = None if args.full else SAMPLE_SIZE
-        verified = verify(repository, commit, images, args.dataset, args.seed)
+        commit, checks = verify(repository, commit, images, args.dataset, args.seed)
     except UserError as error:
         raise UserError(f"{error}{back}") from None
-    print(f"Verified:   {repository.name} @ {verified.commit[:12]}")
-    width = max(map(len, verified.checks))
-    print("\n".join(f"  {check:{width}}  {state}" for check, state in verified.checks.items()))
+    print(f"Verified:   {repository.name} @ {commit[:12]}")
+    width = max(map(len, checks))
+    print("\n".join(f"  {check:{width}}  {state}" for check, state in checks.items()))
     if args.tag and not args.verify_only:
         repository.tag(args.tag, commit)
         print(f"Tagged:     {args.tag}")
 
 
 def push(api, args: argparse.Namespace):
-    """Push the model in one commit.
-
-    Returns:
-        The repository, the commit (None for a dry run), and how to go back from it.
-    """
+    """Push the model in one commit; return the repository, the commit, and how to go back."""
     from huggingface_hub.utils import disable_progress_bars
 
     from pipeline import runs
@@ -78,28 +74,27 @@ def push(api, args: argparse.Namespace):
 
     # Is it allowed?
     model = Path(args.model or runs.last_run()).expanduser()
-    name = args.repo or provenance.default_name(api, model)
-    repository = Repository(api, name)
+    repository = Repository(api, args.repo or provenance.default_name(api, model))
     account, parent_commit, is_private = repository.check_access(args.private, args.pr)
-    url, state = f"{api.endpoint}/{name}", "existing" if parent_commit else "new"
+    name, url = repository.name, f"{api.endpoint}/{repository.name}"
+    state = f"{'existing' if parent_commit else 'new'}, {'private' if is_private else 'public'}"
     print(f"Model:      {model}\nAccount:    {account} at {api.endpoint}")
-    print(f"Repository: {url} ({state}, {'private' if is_private else 'public'})")
-    with tempfile.TemporaryDirectory() as folder:
+    print(f"Repository: {url} ({state})")
+    with tempfile.TemporaryDirectory() as temporary:
         # What would change?
-        staged = staging.stage_model(
-            api, model, name, Path(folder),
-            args.publish_images, args.license, args.code_url, args.dataset,
-        )  # fmt: skip
-        plan = repository.plan(staged, parent_commit, args.replace)
-        args.dataset = args.dataset or provenance.local_dataset(model)
+        options = (args.publish_images, args.license, args.code_url, args.dataset)
+        folder = staging.stage_model(api, model, name, Path(temporary), *options)
+        plan = repository.plan(folder, parent_commit, args.replace)
         if args.tag:
             repository.check_tag(args.tag, None if plan else parent_commit, not parent_commit)
-        print(plan.describe(staged))
+        print(plan.describe(folder))
         if args.dry_run:
             card = runs.results_folder(str(model)) / "model_card.md"
-            card.write_bytes(staged["README.md"].read_bytes())
+            card.write_bytes((folder / "README.md").read_bytes())
             print(f"Nothing was sent. The card is in {card}.")
             return repository, None, ""
+        evaluated = provenance.read_results(model)["dataset"]
+        args.dataset = args.dataset or (evaluated["name"] if evaluated["local"] else None)
         if not plan:
             print("Nothing has changed since the last push: there is no new commit.")
             return repository, parent_commit, ""
@@ -107,10 +102,10 @@ def push(api, args: argparse.Namespace):
             confirm(f"Publish as {name}?", args.yes)
 
         # One commit, or nothing.
-        if sum(file.stat().st_size for file in staged.values()) < LARGE:
+        if sum(file.stat().st_size for file in folder.iterdir()) < LARGE:
             disable_progress_bars()
         plan.parent_commit = parent_commit or repository.create(args.private)
-        commit = repository.commit(staged, plan, "Publish the model, its results and card", args.pr)
+        commit = repository.commit(folder, plan, "Publish the model, its results and card", args.pr)
     print(f"Published:  {url}/commit/{commit}")
     if args.pr:
         ref = next(ref for ref, sha in repository.refs().items() if sha == commit)

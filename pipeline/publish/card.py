@@ -7,14 +7,9 @@ import difflib
 from itertools import islice
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 TEMPLATE = Path(__file__).with_name("card.md")
-# By their names on the Hub: the name shown, the key of the results, and the metric's arguments.
-METRICS = {
-    "accuracy": ("Accuracy", "accuracy", None),
-    "f1": ("Macro-F1", "macro_f1", {"average": "macro"}),
-}
 SHOWN_LINES, SHOWN_WIDTH = 6, 100  # of the lines where two cards differ
 
 
@@ -25,65 +20,15 @@ def render(results: dict, repo: str, publication: dict, faithfulness: dict | Non
         results: The content of the published `evaluation_results.json`.
         repo: The repository, as `owner/name`.
         publication: The content of `publication.json`: the `files` by path, the `license` with its
-            `license_name` and `license_link`, `code_url`, `space`, and the `examples`, which are
-            paths of images with their rows in the evaluated split.
+            `license_name` and `license_link`, `code_url`, `space`, `dashboard`, `onnx` (the content
+            of `onnx.json`), and the `examples`, which are paths of images with their rows in
+            the evaluated split.
         faithfulness: The content of `attention_faithfulness.json`.
     """
-    dataset, recipe = results["dataset"], results["recipe"] or {}
-    name, backbone, is_hub = repo.split("/")[1], recipe.get("model"), recipe.get("model_revision")
-    dataset_id = dataset["name"] if dataset["revision"] else None  # only the Hub has revisions
-    base_model = backbone if is_hub else None
-    license = {k: v for k, v in publication.items() if k.startswith("license") and v}
-    widget = [
-        {
-            "src": f"https://huggingface.co/{repo}/resolve/main/{path}",
-            "example_title": f"Test image {row}",
-            "output": [{"label": results["labels"][results["predictions"][row]],
-                        "score": results["confidences"][row]}],
-        }
-        for path, row in publication["examples"].items()
-    ]  # fmt: skip
-    metadata = ModelCardData(
-        **license,
-        library_name="transformers",
-        pipeline_tag="image-classification",
-        base_model=base_model,
-        base_model_relation="finetune" if base_model else None,
-        datasets=[dataset_id] if dataset_id else None,
-        metrics=list(METRICS),
-        tags=["vision", "image-classification"],
-        widget=widget or None,
-        model_name=name,
-        eval_results=[
-            EvalResult(
-                task_type="image-classification",
-                dataset_type=dataset_id or short_name(dataset["name"]),
-                dataset_name=short_name(dataset["name"]),
-                dataset_config=dataset["config"],
-                dataset_split=dataset["published_split"],
-                dataset_revision=dataset["revision"],
-                metric_type=metric,
-                metric_name=metric_name,
-                metric_value=results[key],
-                metric_args=args,
-            )
-            for metric, (metric_name, key, args) in METRICS.items()
-        ],
-    )
+    facts = {"results": results, "publication": publication, "faithfulness": faithfulness}
+    functions = {"percent": percent, "short_name": short_name}
     card = ModelCard.from_template(
-        metadata,
-        template_path=TEMPLATE,
-        repo=repo,
-        name=name,
-        results=results,
-        backbone=short_name(backbone) if backbone else None,
-        base_model=base_model,
-        dataset_id=dataset_id,
-        dataset_name=short_name(dataset["name"]),
-        publication=publication,
-        maps=[path for path in publication["files"] if path.startswith("visualizations/")],
-        faithfulness=faithfulness,
-        percent=percent,
+        ModelCardData(), template_path=TEMPLATE, repo=repo, **facts, **functions
     )
     return str(card).rstrip() + "\n"
 

@@ -38,27 +38,23 @@ def connect(anonymous: bool = False) -> HfApi:
 def retry(call: Callable, *args, **kwargs):
     """Call, and call again after a pause while the Hub is busy or the connection breaks."""
     deadline = time.monotonic() + PATIENCE
-    for pause in (*BACKOFF, None):
+    for pause in (*BACKOFF, PATIENCE):
         get_session().timeout = SILENCE  # the client has none of its own, and may be a new one
         try:
             return call(*args, **kwargs)
         except CLIENT_ERRORS as error:
-            if pause is None or not is_transient(error):
-                raise
             pause = max(pause, requested_pause(error))
-            if time.monotonic() + pause > deadline:
+            if not is_transient(error) or time.monotonic() + pause > deadline:
                 raise
-            logger.warning("The Hub did not answer properly: trying again in %s s.", pause)
+        logger.warning("The Hub did not answer properly: trying again in %s s.", pause)
         time.sleep(pause)
 
 
 def is_transient(error: Exception) -> bool:
     """Return whether another attempt may succeed: the Hub was busy, or the connection broke."""
     error = root_http_error(error)
-    if isinstance(error, json.JSONDecodeError):  # a proxy's page
-        return True
     if not isinstance(error, (HfHubHTTPError, TransportError)):
-        return False
+        return isinstance(error, json.JSONDecodeError)  # a proxy's page
     response = getattr(error, "response", None)
     request, status = (response or error).request, response.status_code if response else 0
     if CLIENT_RETRIES.match(f"{request.method} {request.url.path} {status}"):
@@ -90,17 +86,14 @@ def hub_errors(api: HfApi, repo: str) -> Iterator[None]:
     except RepositoryNotFoundError:
         raise UserError(f'There is no "{repo}" on {hub}, or the token has no access.') from None
     except CLIENT_ERRORS as error:
-        cause = root_http_error(error)
+        cause, reason = root_http_error(error), " ".join(str(error).split())
         if isinstance(cause, HfHubHTTPError):
-            status = cause.response.status_code
+            status, pause = cause.response.status_code, requested_pause(error)
             reason = f"{hub} answered {status} ({cause.server_message or 'without a message'})"
-            if pause := requested_pause(error):
-                reason += f" and asks to wait {pause} s"
+            reason += f" and asks to wait {pause} s" if pause else ""
             if status in (401, 403):
                 reason += ": run `hf auth login` with a token that can write there"
         elif isinstance(cause, (TransportError, json.JSONDecodeError)):
             reason = f"{hub} can't be reached ({type(cause).__name__})"
-        else:
-            reason = " ".join(str(error).split()) or type(error).__name__
         reason = reason.replace(api.token, "***") if api.token else reason
-        raise UserError(f'"{repo}": {reason}.') from None
+        raise UserError(f'"{repo}": {reason or type(error).__name__}.') from None

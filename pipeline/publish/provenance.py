@@ -1,8 +1,7 @@
 """Where a model comes from, as its card may say it, and what was published of it before."""
 
 import re
-import subprocess
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,14 +10,15 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from jinja2 import TemplateError
+from transformers import AutoImageProcessor
 
 from pipeline import runs
 from pipeline.data.decoding import content_hash
-from pipeline.data.loading import load_splits
+from pipeline.data.loading import load_split
 from pipeline.errors import UserError
 from pipeline.publish.card import short_name
 from pipeline.publish.connection import CLIENT_ERRORS, hub_errors, retry
-from pipeline.recipe import RECIPE_DEFAULTS, data_arguments
+from pipeline.recipe import RECIPE_DEFAULTS, DataArguments, data_arguments
 from pipeline.recipe_checks import HUB_TRAINING_KEYS
 
 EVALUATION = "evaluation_results.json"
@@ -28,6 +28,7 @@ TRAINING_KEYS = (
     "validation_images", "best_step", "code_revision",
 )  # fmt: skip
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, TemplateError, yaml.YAMLError)
+REMOTE = r"(?:https?://(?:[^@/]+@)?|(?:ssh://)?git@)([\w.-]+)[:/](.+?)(?:\.git)?/?"  # git's
 
 
 def anonymize(results: dict) -> dict:
@@ -37,101 +38,101 @@ def anonymize(results: dict) -> dict:
         is_public_name = not name or revision or name == "digits"  # only the Hub has revisions
         return name if is_public_name else f"./{short_name(name)}"
 
-    model, dataset, recipe = results["model"], results["dataset"], results["recipe"]
-    dataset = dataset | {"name": public_name(dataset["name"], dataset["revision"])}
+    dataset, recipe, training = (results.get(key) for key in ("dataset", "recipe", "training"))
     if recipe:
         recipe = {k: v for k, v in recipe.items() if k in {*RECIPE_DEFAULTS} | HUB_TRAINING_KEYS}
         for key in {"dataset", "model"} & recipe.keys():
-            recipe[key] = public_name(recipe.get(key), recipe.get(f"{key}_revision"))
-    public = results | {"dataset": dataset, "recipe": recipe}
-    public["model"] = model | {"name": None, "revision": None}
-    if training := results.get("training"):
+            recipe[key] = public_name(recipe[key], recipe.get(f"{key}_revision"))
+    public = results | {
+        "model": results["model"] | {"name": None, "revision": None},
+        "dataset": dataset | {"name": public_name(dataset["name"], dataset["revision"])},
+        "recipe": recipe,
+    }
+    if training:
         public["training"] = {key: training[key] for key in TRAINING_KEYS if key in training}
     return public
 
 
-def load_evaluated_splits(
-    folder: Path, results: dict, dataset: str | None, *others: str
-) -> dict[str, Dataset]:
-    """Load the split of an evaluation, and others, decoded; UserError if its images changed."""
-    info, processor = results["dataset"], runs.read_json(folder / runs.MODEL_FILES[2])
+def evaluated_data(folder: Path, results: dict, dataset: str | None) -> DataArguments:
+    """Return what a model was evaluated on, or `dataset` in its place, as another folder of it."""
+    info = results["dataset"]
     if not dataset and info["local"] and not Path(info["name"]).expanduser().is_dir():
         name = short_name(info["name"])
         raise UserError(f'It was evaluated on a local dataset, "{name}": say where with DATASET=.')
     data = data_arguments(str(folder), dataset or info["name"])
-    if dataset is None:
-        data = replace(data, dataset_config=info["config"], dataset_revision=info["revision"])
-    size = results["model"]["image_size"]
-    crop = bool(processor.get("do_center_crop"))
-    splits = load_splits(
-        data, size, processor["resample"], info["split"], *others,
-        names=results["labels"], crop=crop,
-    )  # fmt: skip
-    split = splits[info["split"]]
-    if content_hash(split) != info["sha256"] or split.features["label"].names != results["labels"]:
-        raise UserError(f"The {info['split']} images are not those it was evaluated on.")
-    return splits
+    if dataset:
+        return data
+    return replace(data, dataset_config=info["config"], dataset_revision=info["revision"])
+
+
+def load_evaluated_split(folder: Path, results: dict, data: DataArguments) -> Dataset:
+    """Load the split of an evaluation, decoded; UserError if its images changed."""
+    name, labels = results["dataset"]["split"], results["labels"]
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    split = load_split(data, name, processor, names=labels)
+    changed = content_hash(split) != results["dataset"]["sha256"]
+    if changed or split.features["label"].names != labels:
+        raise UserError(f"The {name} images are not those it was evaluated on.")
+    return split
 
 
 def is_public(api: HfApi, dataset: dict) -> bool:
     """Return whether anybody can see a dataset's images: on the Hub, or in scikit-learn."""
     if not dataset["revision"]:
         return dataset["name"] == "digits"
-    try:
+    with suppress(*CLIENT_ERRORS):
         info = retry(api.dataset_info, dataset["name"], revision=dataset["revision"], token=False)
-    except CLIENT_ERRORS:
-        return False
-    return not (info.private or info.gated)
+        return not (info.private or info.gated)
+    return False
 
 
 def find_license(api: HfApi, results: dict, license: str | None) -> dict[str, str | None]:
     """Return the card's license keys: those given, or those of the backbone's card on the Hub."""
-    recipe = results["recipe"] or {}
+    recipe, card = results["recipe"] or {}, {}
     backbone, revision = recipe.get("model"), recipe.get("model_revision")
-    if license or not backbone:
-        if not license:
-            raise UserError(
-                "The weights were trained from scratch: say under which license you publish them, "
-                'as ARGS="--license apache-2.0".'
-            )
+    if license:
         return {"license": license}
-    with hub_errors(api, backbone):
-        try:
-            info = retry(api.model_info, backbone, revision=revision) if revision else None
-        except RepositoryNotFoundError:
-            info = None
-    found = info.card_data.to_dict() if info and info.card_data else {}
-    facts = {key: found.get(key) for key in ("license", "license_name", "license_link")}
-    if facts["license_link"] and "://" not in facts["license_link"]:  # a file of the backbone
-        facts["license_link"] = (
-            f"https://huggingface.co/{backbone}/blob/main/{facts['license_link']}"
+    if not backbone:
+        raise UserError(
+            "The weights were trained from scratch: say under which license you publish them, "
+            'as ARGS="--license apache-2.0".'
         )
+    with hub_errors(api, backbone), suppress(RepositoryNotFoundError):
+        info = retry(api.model_info, backbone, revision=revision) if revision else None
+        card = info.card_data.to_dict() if info and info.card_data else {}
+    facts = {key: card.get(key) for key in ("license", "license_name", "license_link")}
+    if facts["license_link"] and "://" not in facts["license_link"]:  # a file of the backbone
+        page = f"https://huggingface.co/{backbone}/blob/main"
+        facts["license_link"] = f"{page}/{facts['license_link']}"
     return facts
+
+
+def find_dashboard(api: HfApi, model: Path) -> str | None:
+    """Return the address of the trackio Space that a run reported to, if anybody can see it."""
+    space = (runs.read_json(model / "training.json") or {}).get("dashboard")
+    with suppress(*CLIENT_ERRORS):
+        if space and not retry(api.space_info, space, token=False).private:
+            return f"https://huggingface.co/spaces/{space}"
+    return None
 
 
 def find_code_url() -> str | None:
     """Return the web address of git's remote, without credentials; None for one without any."""
-    command = ["git", "-C", Path(__file__).parent, "remote", "get-url", "origin"]
-    try:
-        remote = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        return None
-    pattern = r"(?:https?://(?:[^@/]+@)?|(?:ssh://)?git@)([\w.-]+)[:/](.+?)(?:\.git)?/?"
-    match = re.fullmatch(pattern, remote)
+    match = re.fullmatch(REMOTE, runs.git("remote", "get-url", "origin") or "")
     return f"https://{match[1]}/{match[2]}" if match else None
 
 
-def local_dataset(model: Path) -> str | None:
-    """Return the folder of the dataset that a model was evaluated on, None for one of the Hub."""
-    info = (runs.read_json(runs.results_folder(str(model)) / EVALUATION) or {})["dataset"]
-    return info["name"] if info["local"] else None
+def read_results(model: Path) -> dict:
+    """Return the evaluation of a model; UserError if there is none."""
+    results = runs.read_json(runs.results_folder(str(model)) / EVALUATION)
+    if results is None:
+        raise UserError(f"There are no results of {model}: run `make evaluate MODEL={model}`.")
+    return results
 
 
 def default_name(api: HfApi, model: Path) -> str:
     """Return `account/backbone-finetuned-dataset`, as the Trainer names it."""
-    results = runs.read_json(runs.results_folder(str(model)) / EVALUATION)
-    if results is None:
-        raise UserError(f"There are no results of {model}: run `make evaluate MODEL={model}`.")
+    results = read_results(model)
     with hub_errors(api, str(model)):
         account = retry(api.whoami)["name"]
     backbone = (results["recipe"] or {}).get("model") or "vit"

@@ -9,17 +9,16 @@ import re
 import shutil
 from pathlib import Path
 
-import yaml
 from huggingface_hub import HfApi
 from PIL import Image
 
 from pipeline import runs
 from pipeline.errors import UserError
 from pipeline.explain.figures import examples_from_rows, select_examples
-from pipeline.publish import card, provenance
-from pipeline.publish.hub import PUBLICATION, Files
+from pipeline.publish import card, onnx, provenance
+from pipeline.publish.hub import PUBLICATION, list_files
 from pipeline.publish.provenance import EVALUATION
-from pipeline.recipe import load_settings
+from pipeline.recipe import load_settings, to_yaml
 
 FAITHFULNESS = "attention_faithfulness.json"
 MAPS = "visualizations/"
@@ -32,14 +31,14 @@ SECRETS = re.compile(
     rb"|\bxox[a-z]-[\w-]{10,}|\bxapp-[\w-]{10,}|hooks\.slack\.com/services/\w+"
     rb"|\bwandb_v\d_\w{20,}|(?i:wandb\w*)\W{1,5}[0-9a-f]{40}\b"
     rb"|\b[a-z][a-z0-9+.-]*://[^\s/:@]*:[^\s/:@]+@|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+    rb"|(/home|/Users|\\Users)[/\\]+[\w.-]+"  # paths with a user's name
 )
-PRIVATE_PATHS = re.compile(rb"(/home|/Users|\\Users)[/\\]+[\w.-]+")  # they have a user's name
 
 
 def stage_model(
     api: HfApi, model: Path, repo: str, folder: Path, publish_images: bool = False,
     license: str | None = None, code_url: str | None = None, dataset: str | None = None,
-) -> Files:  # fmt: skip
+) -> Path:  # fmt: skip
     """Copy a model's published files into `folder`, and write its card and the list of all there.
 
     Args:
@@ -52,14 +51,12 @@ def stage_model(
         UserError: The model was changed after its evaluation, or a file has a secret.
     """
     evaluate = f"run `make evaluate MODEL={model}`"
-    results_folder = runs.results_folder(str(model))
-    results = runs.read_json(results_folder / EVALUATION)
-    with provenance.malformed(f"The results in {results_folder} are damaged; {evaluate}"):
-        is_shown = publish_images or (
-            bool(results) and provenance.is_public(api, results["dataset"])
-        )
-        owners = [None, *(["dataset"] if is_shown else []), *(["user"] if publish_images else [])]
-        files = published_files(model, results_folder, owners)
+    source = runs.results_folder(str(model))
+    results = runs.read_json(source / EVALUATION)
+    with provenance.malformed(f"The results in {source} are damaged; {evaluate}"):
+        is_public = bool(results) and provenance.is_public(api, results["dataset"])
+        shown = {None, "dataset", "user"} if publish_images else {None}
+        files = published_files(model, source, shown | ({"dataset"} if is_public else set()))
         if EVALUATION not in files:
             raise UserError(f"There are no results of {model} as it is now: {evaluate}.")
         if results["dtype"] == "bfloat16":
@@ -67,69 +64,67 @@ def stage_model(
         if load_settings(str(model)) != results["recipe"]:
             raise UserError(f"The recipe of {model} is not that of its results: {evaluate}.")
         public = provenance.anonymize(results)
+        files |= {"recipe.yaml": to_yaml(public["recipe"])} if public["recipe"] else {}
         files[EVALUATION] = json.dumps(public, indent=1)
-        if public["recipe"]:
-            files["recipe.yaml"] = as_yaml(public["recipe"])
         if FAITHFULNESS in files:
-            faithfulness = runs.read_json(files[FAITHFULNESS])
-            files[FAITHFULNESS] = json.dumps(faithfulness | {"model": None}, indent=1)
-        facts = provenance.find_license(api, results, license) | {
-            "code_url": code_url or provenance.find_code_url()
-        }
-        facts["space"] = (runs.read_json(results_folder / provenance.RECORD) or {}).get("space")
-        facts["examples"] = {}
-        if is_shown:
-            split = provenance.load_evaluated_splits(model, results, dataset)[
-                results["dataset"]["split"]
-            ]
-            rows = select_examples(
-                split["label"][:], results["predictions"], results["confidences"]
-            )
-            for row, example in zip(rows[:2], examples_from_rows(split, rows[:2]), strict=True):
-                facts["examples"][f"examples/{row:05}.jpg"] = row
-                files[f"examples/{row:05}.jpg"] = compact(example.source, MAX_EXAMPLE)
-        staged = stage(files, folder, api.token)
-        results, faithfulness = read_results(
-            folder
-        )  # the copies: a training may write to the model
-        text = card.render(results, repo, facts | {"files": staged}, faithfulness)
-    return add_list(staged | stage({"README.md": text}, folder, api.token), folder, facts)
+            faithfulness = runs.read_json(files[FAITHFULNESS]) | {"model": None}
+            files[FAITHFULNESS] = json.dumps(faithfulness, indent=1)
+        facts = provenance.find_license(api, results, license) | {"examples": {}}
+        facts["code_url"] = code_url or provenance.find_code_url()
+        facts["dashboard"] = provenance.find_dashboard(api, model)
+        facts["onnx"] = runs.read_json(files[onnx.REPORT]) if onnx.REPORT in files else None
+        facts["space"] = (runs.read_json(source / provenance.RECORD) or {}).get("space")
+        if is_public or publish_images:
+            data = provenance.evaluated_data(model, results, dataset)
+            split = provenance.load_evaluated_split(model, results, data)
+            answers = results["predictions"], results["confidences"]
+            rows = select_examples(split["label"][:], *answers)[:2]
+            facts["examples"] = {f"examples/{row:05}.jpg": row for row in rows}
+            examples = zip(facts["examples"], examples_from_rows(split, rows), strict=True)
+            files |= {path: compact(image.source, MAX_EXAMPLE) for path, image in examples}
+        stage(files, folder, api.token)
+        # From the copies: a training may write to the model meanwhile.
+        results, faithfulness = read_results(folder)
+        text = card.render(results, repo, facts | {"files": list_files(folder)}, faithfulness)
+    return add_list(stage({"README.md": text}, folder, api.token), facts)
 
 
-def published_files(model: Path, results: Path, owners: list) -> dict[str, Path | str | bytes]:
+def published_files(model: Path, results: Path, shown: set) -> dict[str, Path | str | bytes]:
     """Return what may be published of a model, by path in the repository: nothing but this list.
 
     It has the model's own files, and the results in the manifest that were made from its weights.
     Of the attention maps it has the overview and two more, made small.
 
     Args:
-        owners: Whose images figures may show: None (no images), "dataset", "user".
+        shown: Whose images figures may show: None (no images), "dataset", "user".
     """
     files = {name: model / name for name in runs.MODEL_FILES}
     if missing := [name for name in files if not files[name].is_file()]:
         raise UserError(f"The model {model} is incomplete: it has no {', '.join(missing)}.")
-    weights, entries = runs.sha256(model / "model.safetensors"), runs.read_manifest(results)
-    names = sorted(name for name, entry in entries.items() if entry["weights"] == weights)
-    names = [n for n in names if n.endswith((".json", ".png")) and (results / n).is_file()]
-    shown = [name for name in names if entries[name]["images"] in owners]
-    if len(shown) < len(names):
+    weights = runs.sha256(model / "model.safetensors")
+    entries = {
+        name: entry["images"]
+        for name, entry in sorted(runs.read_manifest(results).items())
+        if entry["weights"] == weights and name.endswith((".json", ".png", ".onnx"))
+        and (results / name).is_file()
+    }  # fmt: skip
+    names = [name for name, owner in entries.items() if owner in shown]
+    if hidden := len(entries) - len(names):
         print(
-            f"Not published: {len(names) - len(shown)} figures with images of your own, or of a "
-            "dataset that is not public on the Hub. ARGS=--publish_images publishes them."
+            f"Not published: {hidden} figures with images of your own, or of a dataset that is "
+            "not public on the Hub. ARGS=--publish_images publishes them."
         )
-    files |= {name: results / name for name in shown if not name.startswith(MAPS)}
-    examples = [name for name in shown if name.startswith(MAPS) and name.endswith("_layers.png")]
-    for name in [*examples[:2], *({f"{MAPS}overview.png"} & {*shown})]:
-        with Image.open(results / name) as figure:
-            files[name.removesuffix("png") + "jpg"] = compact(figure, MAX_FIGURE)
+    files |= {name: results / name for name in names if not name.startswith(MAPS)}
+    maps = [name for name in names if name.startswith(MAPS)]
+    for name in [*[n for n in maps if n.endswith("_layers.png")][:2], f"{MAPS}overview.png"]:
+        if name in maps:
+            with Image.open(results / name) as figure:
+                files[name.removesuffix("png") + "jpg"] = compact(figure, MAX_FIGURE)
     return files
 
 
-def stage(files: dict[str, Path | str | bytes], folder: Path, token: str) -> Files:
-    """Copy files, or write those given by their content, into `folder`.
-
-    Returns:
-        The copies, by their path in the repository.
+def stage(files: dict[str, Path | str | bytes], folder: Path, token: str) -> Path:
+    """Copy files, or write those given by their content, into `folder`; return it.
 
     Raises:
         UserError: A file has a secret or a private path in it, or the disk is full.
@@ -145,22 +140,18 @@ def stage(files: dict[str, Path | str | bytes], folder: Path, token: str) -> Fil
             data = copy.read_bytes()
         except OSError as error:
             raise UserError(f"Cannot copy {name} to {folder}: {error.strerror}.") from None
-        start = data.find(token.encode())
-        found = start >= 0 or (match := SECRETS.search(data) or PRIVATE_PATHS.search(data))
-        if found:
-            line = data.count(b"\n", 0, start if start >= 0 else match.start()) + 1
-            raise UserError(
-                f"{name}, line {line}, has what looks like a secret or a private path in it: "
-                "nothing is published."
-            )
-    return {name: folder / name for name in sorted(files)}
+        if match := re.search(re.escape(token.encode()), data) or SECRETS.search(data):
+            line = data.count(b"\n", 0, match.start()) + 1
+            what = "what looks like a secret or a private path"
+            raise UserError(f"{name}, line {line}, has {what} in it: nothing is published.")
+    return folder
 
 
-def add_list(staged: Files, folder: Path, facts: dict | None = None) -> Files:
+def add_list(folder: Path, facts: dict | None = None) -> Path:
     """Add the list of what is published, with SHA-256, and the facts that the card needs."""
-    content = {"files": {path: runs.sha256(file) for path, file in staged.items()}} | (facts or {})
-    (folder / PUBLICATION).write_text(json.dumps(content, indent=1), "utf-8")
-    return staged | {PUBLICATION: folder / PUBLICATION}
+    files = {path: runs.sha256(folder / path) for path in list_files(folder)}
+    runs.write_json(folder / PUBLICATION, {"files": files} | (facts or {}))
+    return folder
 
 
 def read_results(folder: Path) -> tuple[dict, dict | None]:
@@ -170,18 +161,14 @@ def read_results(folder: Path) -> tuple[dict, dict | None]:
         UserError: They were not made from exactly the model files there.
     """
     results, faithfulness = (runs.read_json(folder / file) for file in (EVALUATION, FAITHFULNESS))
-    hashes = {file: results["model"]["sha256"].get(file) for file in runs.MODEL_FILES}
-    changed = runs.changed_files(hashes, folder)
-    if faithfulness and faithfulness["sha256"] != results["model"]["sha256"]:
+    hashes = results["model"]["sha256"]
+    changed = runs.changed_files({file: hashes.get(file) for file in runs.MODEL_FILES}, folder)
+    if faithfulness and faithfulness["sha256"] != hashes:
         changed.append(FAITHFULNESS)
     if changed:
         message = "These files are not of the evaluated model; evaluate it again:"
         raise UserError(f"{message} {', '.join(changed)}.")
     return results, faithfulness
-
-
-def as_yaml(settings: dict) -> str:
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
 def compact(image: Image.Image, size: int) -> bytes:

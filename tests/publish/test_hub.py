@@ -48,8 +48,8 @@ def push(monkeypatch, *args: str, repo: str = REPO) -> None:
 
 
 def large_files(server) -> list[Path]:
-    """The files that the Hub keeps beside git."""
-    return [file for file in server.root.rglob("lfs/**/*") if file.is_file()]
+    """The large files (LFS) that the Hub keeps."""
+    return [file for file in server.root.rglob("objects/*") if len(file.name) == 64]
 
 
 def test_a_push_is_one_commit_verified_and_then_tagged(api, monkeypatch, capsys):
@@ -75,7 +75,7 @@ def test_a_push_is_one_commit_verified_and_then_tagged(api, monkeypatch, capsys)
     assert f"Account:    me at {api.endpoint}\n" in printed
     assert f"{api.endpoint}/{REPO} (new, private)\n" in printed
     assert re.search(r"Verified: .*predictions of 360 of 360 test images +verified", printed, re.S)
-    assert re.search(r"NLL, ECE, OOD threshold and rates +NOT verified; ARGS=--full", printed)
+    assert re.search(r"NLL, ECE, OOD detection, calibration +NOT verified; ARGS=--full", printed)
 
     push(monkeypatch, "--tag", "v1")
     printed = capsys.readouterr().out
@@ -101,7 +101,7 @@ def test_a_dry_run_sends_nothing(api, monkeypatch, capsys):
     assert re.search(r"add +[\d,]+  model.safetensors", printed)
     assert f"{api.endpoint}/{REPO} (new, public)" in printed
     assert re.search(r"total +[\d,]+\n", printed)
-    assert (RESULTS / "model_card.md").read_text().startswith("---\nlibrary_name")
+    assert (RESULTS / "model_card.md").read_text().startswith("---\nlicense: apache-2.0\n")
     assert not api.repo_exists(REPO)
 
 
@@ -270,12 +270,8 @@ def test_no_token_and_no_pickle_in_any_object_of_the_repository(
     caplog.set_level(logging.DEBUG)
     hub_server.faults.append(("POST", "/commit/", 500))
     push(monkeypatch, "--tag", "v1")
-    repository = hub_server.root / "models/me/digits.git"
-    objects = subprocess.check_output(
-        ["git", "--git-dir", repository, "cat-file", "--batch-all-objects", "--batch"]
-    )
     assert large_files(hub_server)
-    objects += b"".join(file.read_bytes() for file in large_files(hub_server))
+    objects = b"".join(file.read_bytes() for file in hub_server.root.rglob("objects/*"))
     printed = capfd.readouterr()
     for content in (objects, (printed.out + printed.err + caplog.text).encode()):
         assert MINE.encode() not in content
@@ -349,20 +345,23 @@ def test_the_snippet_of_the_card_runs(api, measured):
 def test_the_plan_lists_every_file_with_its_size(api):
     record_figure("training_curves.png")
     send(api)
-    repository = Repository(api, REPO)
-    staged = {"README.md": MODEL / "config.json", "new.json": MODEL / "config.json"}
-    staged |= {"model.safetensors": MODEL / "model.safetensors"}
-    plan = repository.plan(staged, repository.refs()[MAIN])
+    repository, folder = Repository(api, REPO), Path("other")
+    folder.mkdir()
+    for name, source in {"README.md": "config.json", "new.json": "config.json"}.items():
+        shutil.copy(MODEL / source, folder / name)
+    for name in ("model.safetensors", "publication.json"):
+        shutil.copy(Path("staged", name), folder)
+    plan = repository.plan(folder, repository.refs()[MAIN])
     assert (plan.added, plan.changed) == (["new.json"], ["README.md"])
     assert "config.json" in plan.removed
     assert ".gitattributes" not in plan.removed
-    lines = [line.split() for line in plan.describe(staged).splitlines()]
+    lines = [line.split() for line in plan.describe(folder).splitlines()]
     size = f"{(MODEL / 'config.json').stat().st_size:,}"
     assert ["add", size, "new.json"] in lines
     assert ["change", size, "README.md"] in lines
     assert ["remove", "config.json"] in lines
     assert lines[-1][0] == "total"
-    assert json.dumps(lines).count("same") == 1
+    assert json.dumps(lines).count("same") == 2
 
 
 def test_files_of_others_stay_and_are_not_overwritten(api, monkeypatch, capsys):

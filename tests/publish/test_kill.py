@@ -31,13 +31,19 @@ def start_push(api, tag: str) -> subprocess.Popen:
 @pytest.mark.slow
 def test_a_killed_push_leaves_the_old_state_or_the_new_one(api):
     send(api)
+    record_figure("training_curves.png", content=b"curves")
+    push = start_push(api, "whole")
+    push.stdout.readline()  # imports are done, and the push begins
+    start = time.monotonic()
+    push.communicate()
+    duration = time.monotonic() - start
     generator, outcomes = random.Random(0), {"old": 0, "new": 0, "new and tagged": 0}
     for i in range(KILLS):
         record_figure("training_curves.png", content=b"curves %d" % i)  # something to push
         old = Repository(api, REPO).refs()
         push = start_push(api, f"v{i}")
-        push.stdout.readline()  # imports are done, and the push begins
-        time.sleep(generator.uniform(0, 4))
+        push.stdout.readline()
+        time.sleep(generator.uniform(0, 1.1 * duration))
         os.kill(push.pid, signal.SIGKILL)
         push.communicate()
         new = Repository(api, REPO).refs()

@@ -15,13 +15,15 @@ from pipeline import runs
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate import evaluate, save
 from pipeline.publish import provenance
+from pipeline.publish.hub import list_files
 from pipeline.publish.staging import published_files, stage
 from pipeline.recipe import DataArguments, load_recipe
 from pipeline.training.model import build_model, build_processor
 from publishing import LICENSE, MODEL, REPO, RESULTS, record_figure, run_script, stage_tiny
+from samples import image_processor
 
 EVALUATION = RESULTS / "evaluation_results.json"
-PUBLIC = [None, "dataset"]
+PUBLIC = {None, "dataset"}
 
 
 def edit_results(**edits) -> None:
@@ -59,24 +61,23 @@ def test_an_overview_and_two_examples_are_published_below_500_kb(api):
     for name in ("00003_a_layers", "00001_b_layers", "00002_c_layers", "00001_b_heads", "overview"):
         draw_map(name, "dataset", size=1300)
     assert (RESULTS / "visualizations/overview.png").stat().st_size > 3e6
-    staged = stage_tiny(api)
-    images = {path: file for path, file in staged.items() if path.endswith(".jpg")}
+    folder = stage_tiny(api)
+    images = [path for path in list_files(folder) if path.endswith(".jpg")]
     assert [path for path in images if path.startswith("visualizations/")] == [
         "visualizations/00001_b_layers.jpg",
         "visualizations/00002_c_layers.jpg",
         "visualizations/overview.jpg",
     ]
-    assert sum(file.stat().st_size for file in images.values()) < 500_000
-    assert "](<visualizations/overview.jpg>)" in staged["README.md"].read_text()
+    assert sum((folder / path).stat().st_size for path in images) < 500_000
+    assert "](<visualizations/overview.jpg>)" in (folder / "README.md").read_text()
 
 
 def test_images_of_the_user_need_the_flag(api, capsys):
     draw_map("passport_layers", "user")
     draw_map("overview", "user")
-    staged = stage_tiny(api)
-    assert not [path for path in staged if path.startswith("visualizations/")]
+    assert not (stage_tiny(api) / "visualizations").exists()
     assert "Not published: 2 figures with images of your own" in capsys.readouterr().out
-    assert "visualizations/passport_layers.jpg" in stage_tiny(api, publish_images=True)
+    assert (stage_tiny(api, publish_images=True) / "visualizations/passport_layers.jpg").exists()
 
 
 @pytest.mark.parametrize("is_public", [False, True])
@@ -90,9 +91,9 @@ def test_images_of_a_dataset_that_is_not_public_need_the_flag(api, is_public):
     assert not provenance.is_public(api, {"name": "me/data", "revision": None})
     if not is_public:
         edit_results(dataset=lambda d: d | dataset)
-        staged = stage_tiny(api)
-        assert not [path for path in staged if path.endswith(".jpg")]
-        assert "widget" not in ModelCard.load(staged["README.md"]).data.to_dict()
+        folder = stage_tiny(api)
+        assert not [path for path in list_files(folder) if path.endswith(".jpg")]
+        assert "widget" not in ModelCard.load(folder / "README.md").data.to_dict()
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def test_a_file_with_a_secret_is_not_staged_and_its_place_is_named(here, secret)
 def test_text_that_only_resembles_a_secret_is_staged(here):
     names = ["hf_" + "hub_download_and_cache_the_file_there", "x" + "ghp_" + "a" * 36, "sk-learn"]
     names += ["a1" * 20, "https://huggingface.co/a:b", "AIzaX", "time 12:30 me@example.org"]
-    assert stage({"recipe.yaml": " ".join(names)}, here, MINE).keys() == {"recipe.yaml"}
+    assert list_files(stage({"recipe.yaml": " ".join(names)}, here, MINE)) == ["recipe.yaml"]
 
 
 @pytest.fixture
@@ -199,13 +200,13 @@ def test_commits_are_resolved_once_and_saved_in_the_recipe(api, hub_server, here
 def test_equal_train_and_test_splits_are_refused():
     with pytest.raises(UserError, match="splits must differ"):
         evaluate_split = DataArguments(dataset="digits", train_split="train", test_split="train")
-        provenance.load_splits(evaluate_split, 32, 2, "test")
+        provenance.load_split(evaluate_split, "test", image_processor())
 
 
 def test_weights_trained_from_scratch_need_a_license(api):
     with pytest.raises(UserError, match="trained from scratch: say under which license"):
         stage_tiny(api, license=None)
-    assert ModelCard.load(stage_tiny(api, license="mit")["README.md"]).data.license == "mit"
+    assert ModelCard.load(stage_tiny(api, license="mit") / "README.md").data.license == "mit"
 
 
 def test_the_license_is_that_of_the_backbone_at_its_commit(api):
@@ -217,11 +218,11 @@ def test_the_license_is_that_of_the_backbone_at_its_commit(api):
     recipe = {"dataset": "digits", "model": "me/vit", "model_revision": commit}
     edit_results(recipe=recipe)
     (MODEL / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    staged = stage_tiny(api, license=None)
-    data = ModelCard.load(staged["README.md"]).data
+    file = stage_tiny(api, license=None) / "README.md"
+    data = ModelCard.load(file).data
     assert (data.license, data.license_name, data.base_model) == ("other", "research", "me/vit")
     assert data.license_link == "https://huggingface.co/me/vit/blob/main/LICENSE.md"
-    assert "[research](https://huggingface.co/me/vit" in staged["README.md"].read_text()
+    assert "[research](https://huggingface.co/me/vit" in file.read_text()
 
 
 @pytest.mark.parametrize(
@@ -236,13 +237,10 @@ def test_the_license_is_that_of_the_backbone_at_its_commit(api):
     ],
 )
 def test_the_code_is_linked_at_its_commit(api, monkeypatch, remote, url):
-    class Done:
-        stdout = remote
-
-    monkeypatch.setattr(provenance.subprocess, "run", lambda *args, **kwargs: Done)
+    monkeypatch.setattr(runs, "git", lambda *arguments: remote)
     assert provenance.find_code_url() == url
     edit_results(code_revision="ab" * 20 + "+changes")
-    text = stage_tiny(api)["README.md"].read_text()
+    text = (stage_tiny(api) / "README.md").read_text()
     assert (f"({url}/tree/{'ab' * 20}), with uncommitted changes" in text) == bool(url)
     assert "with uncommitted changes: this commit alone may give another model" in text
 
@@ -260,5 +258,5 @@ def test_the_model_pushed_last_is_recorded_and_its_space_linked(api, monkeypatch
     assert (record["repo"], record["commit"]) == (REPO, api.model_info(REPO).sha)
     assert provenance.last_push("https://huggingface.co") is None
     runs.write_json(file, record | {"space": "me/look"})
-    text = stage_tiny(api)["README.md"].read_text()
+    text = (stage_tiny(api) / "README.md").read_text()
     assert "Space [me/look](https://huggingface.co/spaces/me/look)" in text

@@ -1,5 +1,6 @@
 """Steps of a publication, as the tests of `pipeline.publish` take them."""
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +23,10 @@ def run_script(monkeypatch, main: Callable[[], None], *args: str) -> None:
     main()
 
 
-def stage_tiny(api: HfApi, folder: Path = Path("staged"), **options) -> dict[str, Path]:
-    """Stage `models/tiny` for publication."""
-    return staging.stage_model(api, MODEL, REPO, folder, **({"license": LICENSE} | options))
+def stage_tiny(api: HfApi, **options) -> Path:
+    """Stage `models/tiny` for publication in a new folder."""
+    shutil.rmtree("staged", ignore_errors=True)
+    return staging.stage_model(api, MODEL, REPO, Path("staged"), **{"license": LICENSE} | options)
 
 
 def record_figure(
@@ -40,11 +42,11 @@ def record_figure(
 def send(api: HfApi, create_pr: bool = False, replace: bool = False, **options) -> str:
     """Publish `models/tiny` without verifying it; return the commit. `options` of `stage_model`."""
     repository = Repository(api, REPO)
-    parent_commit = repository.check_access(create_pr=create_pr).commit
-    staged = stage_tiny(api, **options)
-    plan = repository.plan(staged, parent_commit, replace)
+    _, parent_commit, _ = repository.check_access(create_pr=create_pr)
+    folder = stage_tiny(api, **options)
+    plan = repository.plan(folder, parent_commit, replace)
     plan.parent_commit = parent_commit or repository.create(private=False)
-    return repository.commit(staged, plan, "Publish", create_pr)
+    return repository.commit(folder, plan, "Publish", create_pr)
 
 
 def replace_file(api: HfApi, path: str, content: bytes, repo_type: str = "model", repo=REPO) -> str:
