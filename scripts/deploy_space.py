@@ -24,41 +24,39 @@ def main() -> None:
     pushed = provenance.last_push(api.endpoint)
     if not (args.model or pushed):
         raise UserError("No model was pushed from here: name one with MODEL=.")
-    model = space.find_model(api, args.model or pushed[1]["repo"])
+    name, revision = runs.split_revision(args.model or pushed[1]["repo"])
+    model = hub.Repository(api, name).request(api.repo_info, revision=revision)
+    shown = f"{model.id} @ {model.sha[:12]}"
     repository = hub.Repository(api, args.repo or model.id, "space")
     account, parent_commit, is_private = repository.check_access(args.private)
     page = f"{api.endpoint}/spaces/{repository.name}"
     with tempfile.TemporaryDirectory() as folder:
-        files = space.published_files(model)
-        staged = staging.stage(files, Path(folder), api.token)
-        staged = staging.add_list(staged, Path(folder))
+        staged = staging.stage(space.published_files(model, page), Path(folder), api.token)
+        staged = staging.add_list(staged)
         plan = repository.plan(staged, parent_commit, args.replace)
         state = "existing" if parent_commit else "new"
         print(f"Account:   {account} at {api.endpoint}")
         print(f"Space:     {page} ({state}, {'private' if is_private else 'public'})")
-        print(f"Model:     {model.id} @ {model.sha[:12]}\n{plan.describe(staged)}")
+        print(f"Model:     {shown}\n{plan.describe(staged)}")
         if args.dry_run:
             return print("Nothing was sent.")
         if not args.repo:
             confirm(f"Publish as {repository.name}?", args.yes)
-        plan.parent_commit = parent_commit or repository.create(args.private, "gradio")
-        # The variables come first: the commit then starts the build with them.
-        has_new_model, commit = space.set_model(repository, model), plan.parent_commit
+        print("Trying it here first.", flush=True)
+        space.try_here(Path(folder), api)
+        commit = plan.parent_commit = parent_commit or repository.create(args.private, "gradio")
         if plan:
-            commit = repository.commit(staged, plan, f"Show {model.id} @ {model.sha[:12]}")
-            print(f"Published: {page}/commit/{commit}")
-        else:
-            print(f"No file has changed.{' The model has.' if has_new_model else ''}")
+            commit = repository.commit(staged, plan, f"Show {shown}")
+    print(f"Published: {page}/commit/{commit}" if plan else "No file has changed.")
     if not is_private and (pushed := provenance.last_push(api.endpoint, model.id)):
-        file, record = pushed
-        runs.write_json(file, record | {"space": repository.name})  # the next card links it
+        runs.write_json(pushed[0], pushed[1] | {"space": repository.name})  # the next card links it
     if model.private:
         print(f"{model.id} is private: give the Space a secret HF_TOKEN that can read it.")
     print("Waiting for the build.", flush=True)
     stage = space.wait_until_settled(repository, commit)
-    if stage not in ("RUNNING", "STOPPED", "PAUSED"):
-        raise UserError(f"{page} is in the stage {stage}.\n{space.log_tail(repository, stage)}")
     print(f"Stage:     {page} is {stage.lower()}.")
+    if stage in ("RUNNING", "SLEEPING"):
+        print(f"Answer:    {space.EXAMPLE.name} is {space.classify_example(repository)}")
 
 
 if __name__ == "__main__":

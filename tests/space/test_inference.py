@@ -1,8 +1,11 @@
 """The Space's predictions: right maps, safe decoding, and models that cannot be loaded."""
 
+import copy
 import io
+import itertools
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,23 +16,31 @@ from transformers import (
     AutoModelForImageClassification,
     ConvNextConfig,
     ConvNextForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
     ViTModel,
     pipeline,
 )
 
 import inference
+import loading
 from bad_pictures import write_bad_pictures
 from inference import Classifier, UserError
+from pipeline.evaluation.ood import DEPTH, SCORES, Detector
+from pipeline.evaluation.outputs import pool_layer
 from pipeline.explain import attention
 from samples import draw_image
 
+RESULTS, FAITHFULNESS = loading.RESULTS
 CAT = next(path for path in inference.EXAMPLES if path.stem == "cat")
 
 
 @pytest.fixture
 def classifier(model_folder, monkeypatch) -> Classifier:
     """The untrained classifier of digits, in float32."""
-    monkeypatch.setattr(inference, "choose_precision", lambda model, batches: model)
+    monkeypatch.setenv("SPACES_ZERO_GPU", "1")  # nothing is measured
     return Classifier(str(model_folder))
 
 
@@ -47,7 +58,8 @@ def test_one_forward_pass_gives_the_prediction_and_all_maps_but_relevance(classi
     classifier.model.register_forward_hook(lambda *_: calls.append(1))
     image = draw_image(0, (40, 30))
     prediction = classifier.predict(image)
-    expected = attention.compute_maps(classifier.model, classifier.pixels(image), 3)
+    pixels = classifier.processor(image, return_tensors="pt")["pixel_values"]
+    expected = attention.compute_maps(classifier.model, pixels, 3)
     calls.clear()
     for layer in range(2):
         for head in range(2):
@@ -85,14 +97,60 @@ def test_equal_files_are_predicted_once_and_the_cache_is_bounded(classifier, tmp
     assert len(classifier.cache) <= 3
 
 
-def test_a_picture_below_the_threshold_is_out_of_distribution(classifier):
+def test_a_picture_is_out_of_distribution_only_where_that_was_measured_to_separate(classifier):
     prediction = classifier.predict(draw_image(0))
-    classifier.results["ood"]["threshold"] = prediction.energy + 0.1
-    assert not classifier.is_in_distribution(prediction)
-    classifier.results["ood"]["threshold"] = prediction.energy
-    assert classifier.is_in_distribution(prediction)
-    classifier.results = None  # not measured
-    assert classifier.is_in_distribution(prediction)
+    ood, energy = classifier.results["ood"], prediction.maps.logits.logsumexp(dim=1).item()
+    ood["threshold"] = energy + 0.1
+    assert classifier.is_ood(prediction)
+    ood["threshold"] = energy - 0.1
+    assert not classifier.is_ood(prediction)
+    ood["threshold"] = energy + 0.1
+    for auroc in ({"digits": 0.99, "photographs": 0.55}, {"digits": None}, {}, None, 0.9):
+        ood["auroc"] = auroc
+        assert not classifier.is_ood(prediction)
+    for results in ({"ood": None}, {}, None):
+        classifier.results = results
+        assert not classifier.is_ood(prediction)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_each_score_is_the_one_that_the_evaluation_chose_from(classifier, score):
+    prediction = classifier.predict(draw_image(0))
+    output = classifier.exact(prediction.pixels)
+    gaussian = torch.randn(32, dtype=torch.float64), torch.eye(32, dtype=torch.float64) * 3
+    scored = Detector(score, 0.0, *gaussian).score(output.logits, pool_layer(output, DEPTH))
+    expected = scored.item()
+    ood = {"score": score, "auroc": {"digits": 0.9}, "gaussian": [x.tolist() for x in gaussian]}
+    classifier.results["ood"] = ood
+    for threshold, is_ood in ((expected - 1e-3, False), (expected + 1e-3, True)):
+        ood["threshold"] = threshold
+        assert classifier.is_ood(prediction) == is_ood
+
+
+def test_the_most_faithful_method_is_the_default(classifier):
+    assert classifier.best_method() == "mean"  # not measured
+    areas = {m: {"insertion": {"auc": 0.5}, "deletion": {"auc": 0.4}} for m in attention.METHODS}
+    areas["rollout"]["deletion"]["auc"] = 0.2
+    areas["random"] = {"insertion": {"auc": 0.9}, "deletion": {"auc": 0.1}}
+    classifier.faithfulness = {"methods": areas}
+    assert classifier.best_method() == "rollout"
+
+
+def test_a_model_that_crops_is_shown_what_it_sees(copied, monkeypatch):
+    monkeypatch.setenv("SPACES_ZERO_GPU", "1")
+    square = {"height": 32, "width": 32}
+    change_json(
+        copied / "preprocessor_config.json",
+        size={"shortest_edge": 40}, do_center_crop=True, crop_size=square,
+    )  # fmt: skip
+    image = Image.new("RGB", (200, 100), "white")
+    image.paste("black", (60, 10, 140, 90))  # 32 of 40 parts of the shorter side
+    prediction = Classifier(str(copied)).predict(image)
+    assert prediction.picture.size == (100, 100)
+    assert np.asarray(prediction.picture)[2:-2, 2:-2].max() == 0
+    expected = pipeline("image-classification", model=str(copied))(image, top_k=10)
+    expected = {entry["label"]: entry["score"] for entry in expected}
+    assert prediction.probs == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -113,36 +171,66 @@ def test_an_unknown_map_is_a_user_error(classifier, choice, message):
         classifier.select_map(prediction, *choice)
 
 
-# --- Precision --------------------------------------------------------------------------------
+# --- Runtime ----------------------------------------------------------------------------------
 
 
-def test_bfloat16_is_chosen_where_it_is_faster_and_agrees(model_folder, monkeypatch):
-    model, _ = inference.load("digits", model_folder)
-    batches = [torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))]
-    times = iter([1.0, 2.0] * 4)  # bfloat16 comes first: the product, then the model
-    monkeypatch.setattr(inference, "_seconds", lambda function: next(times))
-    rounded = inference.choose_precision(model, batches)
-    assert rounded.dtype == torch.bfloat16
-    assert rounded.classifier.weight.dtype == torch.float32
-    exact_probs = model(batches[0]).logits.softmax(dim=1)
-    probs = rounded(batches[0].bfloat16()).logits.softmax(dim=1)
-    assert (exact_probs - probs).abs().max() <= inference.TOLERANCE
-    monkeypatch.setattr(inference, "TOLERANCE", 0)
-    assert inference.choose_precision(model, batches) is model
+@pytest.fixture
+def batches() -> tuple[torch.Tensor, ...]:
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)).split(1)
 
 
-def test_a_model_is_not_tried_in_bfloat16_where_a_small_product_is_slower(monkeypatch):
-    times = iter([2.0, 1.0])
-    monkeypatch.setattr(inference, "_seconds", lambda function: next(times))
-    model = torch.nn.Linear(1, 1)
-    model.dtype = torch.float32
-    assert inference.choose_precision(model, []) is model
+def set_times(monkeypatch, *seconds: float) -> None:
+    """Let each copy of the model take so long on a picture: float32, then the others."""
+    ends = itertools.accumulate(t for s in itertools.cycle(seconds) for t in (0, s))
+    monkeypatch.setattr("timeit.default_timer", lambda: next(ends))
+
+
+@pytest.mark.parametrize("precision", ["int8", "bfloat16"])
+def test_a_faster_precision_that_agrees_is_chosen(model_folder, batches, monkeypatch, precision):
+    model, _ = loading.load("digits", model_folder)
+    if precision == "bfloat16":
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"bf16": True})
+    order = {"float32": 2.0, "bfloat16": 2.0, "int8": 2.0} if precision == "bfloat16" else {
+        "float32": 2.0, "int8": 2.0
+    }  # fmt: skip
+    set_times(monkeypatch, *(order | {precision: 1.0}).values())
+    chosen, name = loading.choose_precision(model, batches)
+    assert name == precision
+    assert chosen is not model
+    assert chosen.classifier.weight.dtype == torch.float32
+    for pixels in batches:
+        exact = attention.compute_maps(model, pixels, relevance=False)
+        maps = attention.compute_maps(chosen, pixels.to(chosen.dtype), relevance=False)
+        change = exact.logits.softmax(dim=1) - maps.logits.float().softmax(dim=1)
+        assert change.abs().max() <= loading.TOLERANCE
+        assert (exact.heads - maps.heads.float()).abs().mean() < 0.01
+
+
+def test_a_precision_that_is_slower_or_disagrees_is_not_chosen(model_folder, batches, monkeypatch):
+    model, _ = loading.load("digits", model_folder)
+    set_times(monkeypatch, 1.0, 2.0)
+    assert loading.choose_precision(model, batches) == (model, "float32")
+    set_times(monkeypatch, 2.0, 1.0)
+    monkeypatch.setattr(loading, "TOLERANCE", 0)
+    assert loading.choose_precision(model, batches) == (model, "float32")
+
+
+def test_relevance_is_computed_in_float32_whatever_the_model_runs_in(model_folder, monkeypatch):
+    monkeypatch.setattr(
+        loading, "choose_precision", lambda model, _: (copy.deepcopy(model).bfloat16(), "bfloat16")
+    )
+    classifier = Classifier(str(model_folder))
+    prediction = classifier.predict(draw_image(0))
+    expected = attention.compute_maps(classifier.exact, prediction.pixels, 3).relevance[0]
+    values = classifier.select_map(prediction, "relevance", label="3")
+    np.testing.assert_allclose(values, expected, atol=1e-6)
 
 
 def test_threads_are_limited_to_the_cores_of_the_container(monkeypatch):
     before = torch.get_num_threads()
     monkeypatch.setenv("CPU_CORES", "1")
-    inference.limit_threads()
+    monkeypatch.setenv("SPACES_ZERO_GPU", "1")
+    loading.choose_precision(None, ())
     assert torch.get_num_threads() == 1
     torch.set_num_threads(before)
 
@@ -154,10 +242,6 @@ def test_a_bad_picture_is_a_user_error(classifier, tmp_path):
     for path, message in write_bad_pictures(tmp_path).items():
         with pytest.raises(UserError, match=message):
             classifier.predict_file(path)
-    with open(tmp_path / "heavy.png", "wb") as file:
-        file.truncate(30 * 2**20)
-    with pytest.raises(UserError, match="more than 20 MB"):
-        classifier.predict_file(tmp_path / "heavy.png")
     with pytest.raises(UserError, match="no longer on the server"):
         classifier.predict_file(tmp_path / "deleted.png")
 
@@ -194,29 +278,52 @@ def test_exif_orientation_is_applied_and_an_animations_first_frame_is_used():
     assert np.array_equal(open_saved(image, save_all=True, append_images=[other]), image)
 
 
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
+def test_a_large_picture_is_shrunk_and_does_not_hold_up_a_small_one(file_format):
+    small, large = io.BytesIO(), io.BytesIO()
+    draw_image(0, (20, 16)).save(small, file_format)
+    image = draw_image(1, (6, 4)).resize((4200, 2800), Image.Resampling.BICUBIC)
+    image.save(large, file_format)
+    with ThreadPoolExecutor() as pool:
+        with inference.ONE_LARGE:  # another one is being decoded
+            waiting = pool.submit(inference.open_picture, large.getvalue())
+            assert inference.open_picture(small.getvalue()).size == (20, 16)
+            assert not waiting.done()
+        shrunk = waiting.result()
+    assert max(shrunk.size) == inference.MAX_DECODED
+    difference = np.asarray(shrunk, dtype=float) - np.asarray(image.resize(shrunk.size), float)
+    assert np.abs(difference).mean() < 1
+
+
 # --- Models -----------------------------------------------------------------------------------
 
 
 def test_results_count_only_for_the_files_they_were_measured_on(copied, monkeypatch):
     monkeypatch.chdir(copied.parent)
-    results = json.loads((copied / inference.RESULTS).read_text())
-    assert inference.read_results(copied) == results
+    results = json.loads((copied / RESULTS).read_text())
+    assert loading.read_results(copied)[0] == results
     Path("results/copied").mkdir(parents=True)
-    (copied / inference.RESULTS).rename(Path("results/copied") / inference.RESULTS)
-    assert inference.read_results(copied) == results  # of a run in this checkout
+    (copied / RESULTS).rename(Path("results/copied") / RESULTS)
+    assert loading.read_results(copied)[0] == results  # of a run in this checkout
     (copied / "config.json").write_text((copied / "config.json").read_text() + "\n")
-    assert inference.read_results(copied) is None
+    assert loading.read_results(copied)[0] is None
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"model": null}', "\x00"])
 def test_broken_results_count_as_none(copied, content):
-    (copied / inference.RESULTS).write_text(content)
-    assert inference.read_results(copied) is None
+    (copied / RESULTS).write_text(content)
+    (copied / FAITHFULNESS).write_text(content)
+    assert loading.read_results(copied) == [None, None]
 
 
-def change_config(folder: Path, **values) -> None:
-    config = json.loads((folder / "config.json").read_text()) | values
-    (folder / "config.json").write_text(json.dumps(config))
+@pytest.mark.parametrize("key", ["accuracy", "accuracy_interval", "dataset"])
+def test_results_without_what_the_page_shows_count_as_none(copied, key):
+    change_json(copied / RESULTS, **{key: []})
+    assert loading.read_results(copied)[0] is None
+
+
+def change_json(file: Path, **values) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def break_model(folder: Path, kind: str) -> None:
@@ -224,37 +331,46 @@ def break_model(folder: Path, kind: str) -> None:
     if kind == "no processor":
         (folder / "preprocessor_config.json").unlink()
     elif kind == "shortest edge":
-        processor = json.loads((folder / "preprocessor_config.json").read_text())
-        processor["size"] = {"shortest_edge": 32}
-        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+        change_json(folder / "preprocessor_config.json", size={"shortest_edge": 32})
     elif kind == "cut weights":
         weights = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").write_bytes(weights[:5000])
     elif kind == "duplicate labels":
-        change_config(folder, id2label=names | {"3": "4"})
+        change_json(folder / "config.json", id2label=names | {"3": "4"})
     elif kind == "gap in labels":
-        change_config(folder, id2label={**names, "10": "10"})
+        change_json(folder / "config.json", id2label={**names, "10": "10"})
     elif kind == "unknown type":
-        change_config(folder, model_type="nothing")
+        change_json(folder / "config.json", model_type="nothing")
     elif kind == "backbone":
         model = AutoModelForImageClassification.from_pretrained(folder)
         ViTModel(model.config, add_pooling_layer=False).save_pretrained(folder)
-    elif kind == "no attention":
+    elif kind == "other head":
+        change_json(folder / "config.json", id2label=names | {"10": "ten"})
+    elif kind == "code of its own":
+        change_json(folder / "config.json", model_type="mine", auto_map={"AutoConfig": "mine.Mine"})
+        (folder / "mine.py").write_text("raise SystemExit('it was run')")
+    elif kind == "ConvNeXt":
         config = ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1])
         ConvNextForImageClassification(config).save_pretrained(folder)
+    elif kind == "ResNet":
+        config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
+        ResNetForImageClassification(config).save_pretrained(folder)
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
         ("no processor", r"incomplete: it has no preprocessor_config\.json"),
-        ("shortest edge", "cannot be loaded|does not give a width"),
+        ("shortest edge", r"cannot be loaded: Input image size \(32\*48\) does"),
         ("cut weights", "cannot be loaded"),
         ("duplicate labels", "not a fine-tuned classifier with named classes"),
         ("gap in labels", "cannot be loaded"),
         ("unknown type", "cannot be loaded"),
         ("backbone", "not a fine-tuned classifier"),
-        ("no attention", "ConvNextForImageClassification has no global attention"),
+        ("other head", "cannot be loaded: You set `ignore_mismatched_sizes` to `False`"),
+        ("code of its own", "cannot be loaded"),
+        ("ConvNeXt", "ConvNextForImageClassification has no global attention"),
+        ("ResNet", "ResNetForImageClassification has no global attention"),
     ],
 )
 def test_a_broken_model_is_a_user_error(copied, kind, message):
@@ -262,6 +378,14 @@ def test_a_broken_model_is_a_user_error(copied, kind, message):
     with pytest.raises(UserError, match=message) as error:
         Classifier(str(copied))
     assert "\n" not in str(error.value)
+
+
+def test_a_model_of_1000_classes_is_shown(copied, monkeypatch):
+    monkeypatch.setenv("SPACES_ZERO_GPU", "1")
+    names = {number: f"class {number}" for number in range(1000)}
+    config = ViTConfig.from_pretrained(copied, id2label=names)
+    ViTForImageClassification(config).save_pretrained(copied)
+    assert len(Classifier(str(copied)).predict(draw_image(0)).probs) == 1000
 
 
 @pytest.fixture
@@ -276,20 +400,20 @@ def published(hub_server, model_folder, tmp_path, monkeypatch) -> str:
 
 
 def test_a_model_is_downloaded_at_its_commit(published):
-    folder, commit = inference.download("me/digits", published)
+    folder, commit = loading.download("me/digits", published)
     assert commit == published
-    assert {file.name for file in folder.iterdir()} == {*inference.FILES, inference.RESULTS}
-    assert inference.download("me/digits")[1] == published
+    assert {file.name for file in folder.iterdir()} == {*loading.FILES, RESULTS}
+    assert loading.download("me/digits")[1] == published
 
 
 def test_without_the_hub_the_cached_copy_is_used(published, monkeypatch):
-    inference.download("me/digits")
+    loading.download("me/digits")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's attempts
-    assert inference.download("me/digits", published)[1] == published
-    assert inference.download("me/digits")[1] == published
+    assert loading.download("me/digits", published)[1] == published
+    assert loading.download("me/digits")[1] == published
     with pytest.raises(UserError, match='no cached model "me/other" .* and the Hub .* not answer'):
-        inference.download("me/other", published)
+        loading.download("me/other", published)
 
 
 @pytest.mark.parametrize(
@@ -303,4 +427,4 @@ def test_without_the_hub_the_cached_copy_is_used(published, monkeypatch):
 )
 def test_a_missing_model_is_a_user_error(published, name, revision, message):
     with pytest.raises(UserError, match=message):
-        inference.download(name, revision)
+        loading.download(name, revision)

@@ -23,13 +23,16 @@ playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright")
 pytestmark = pytest.mark.slow
 
 EXAMPLES = {path.stem: path for path in inference.EXAMPLES}
+del EXAMPLES["apple"], EXAMPLES["mountain"]  # which the model does not know
 CONTROLS = {"method": "mean", "layer": 1, "head": 0, "label": ""}  # as the page opens
 
 
 @pytest.fixture(scope="module")
 def classifier(cifar_folder) -> Classifier:
-    """The model of the Space that the page is of."""
-    return Classifier(str(cifar_folder))
+    """The model of the Space that the page is of, which computes in float32 too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPACES_ZERO_GPU", "1")
+        return Classifier(str(cifar_folder))
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +96,9 @@ def expect_shown(page, classifier: Classifier, path: Path, **controls) -> None:
     assert page.locator("#verdict").inner_text() == wording.answer(classifier, prediction)
     values = classifier.select_map(prediction, **controls)
     assert_image(page.locator("#map img"), attention.overlay(prediction.picture, values, 448))
-    text = wording.caption(prediction, **controls)
+    method, label = controls.pop("method"), controls.pop("label")
+    label = label or next(iter(prediction.probs))
+    text = wording.METHODS[method][1].format(**controls, label=label)
     assert page.locator("#caption").inner_text().startswith(text)
     assert page.locator("#map img").get_attribute("alt") == text
     for layer, tile in enumerate(page.locator("#layers img").all()):
@@ -126,7 +131,7 @@ def test_an_uploaded_picture_is_predicted(open_page, classifier, tmp_path):
 
 def test_of_two_examples_clicked_100_ms_apart_the_second_is_shown(open_page, classifier):
     page = open_page()
-    for first, second in (("cat", "ship"), ("frog", "truck"), ("horse", "apple")):
+    for first, second in (("cat", "ship"), ("frog", "truck"), ("horse", "airplane")):
         example(page, first).click()
         page.wait_for_timeout(100)
         example(page, second).click()
@@ -147,19 +152,19 @@ def test_of_two_examples_clicked_100_ms_apart_the_second_is_shown_over_a_slow_co
         """() => {
             const tiles = document.querySelectorAll("#examples button");
             tiles[3].click();
-            setTimeout(() => tiles[8].click(), 100);
+            setTimeout(() => tiles[6].click(), 100);
         }"""
     )
     page.wait_for_timeout(2000)
     page.unroute("**/queue/join*")
-    expect_shown(page, classifier, list(EXAMPLES.values())[8])
+    expect_shown(page, classifier, EXAMPLES["ship"])
 
 
 def test_the_map_follows_method_layer_head_and_class(open_page, classifier):
     page = open_page()
     cat = EXAMPLES["cat"]
     example(page, "cat").click()
-    for name, method in [(name, m) for name, m in wording.METHODS if m != "relevance"]:
+    for name, method in [(name, m) for m, (name, _) in wording.METHODS.items()][:3]:
         page.get_by_label(name).check()
         expect_shown(page, classifier, cat, method=method)
     page.get_by_label("Single head").check()
@@ -202,7 +207,7 @@ def test_a_control_moved_while_a_picture_is_on_its_way_counts_for_that_picture(
     page = open_page()
     page.evaluate(
         """() => {
-            document.querySelectorAll("#examples button")[8].click();
+            document.querySelectorAll("#examples button")[6].click();
             document.querySelector("input[value=rollout]").click();
         }"""
     )
@@ -304,6 +309,29 @@ def test_every_picture_has_a_text_alternative(open_page):
     page = open_page()
     await_idle(page)
     images = page.locator("#picture img, #examples img, #map img, #layers img").all()
-    assert len(images) == 1 + 10 + 1 + 2
+    assert len(images) == 1 + 8 + 1 + 2
     for image in images:
         assert image.get_attribute("alt")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"color_scheme": "light"},
+        {"color_scheme": "dark"},
+        {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True},
+    ],
+    ids=["light", "dark", "phone"],
+)
+def test_axe_core_has_no_serious_finding(open_page, settings):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    page = open_page(**settings)
+    page.get_by_role("button", name="More classes").click()
+    for method in ("Single head", "Class relevance"):  # with their controls
+        page.get_by_label(method).check()
+        await_idle(page)
+        found = axe.Axe().run(page).response
+        assert len(found["passes"]) > 20
+        serious = [v for v in found["violations"] if v["impact"] in ("serious", "critical")]
+        details = [(v["id"], node["html"][:200]) for v in serious for node in v["nodes"]]
+        assert details == []

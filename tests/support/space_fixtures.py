@@ -55,6 +55,7 @@ def build_model_folder(folder: Path, labels: list[str], dataset: str) -> Path:
             "target_tpr": 0.95,
             "pass_rate": {"validation": 0.95, "test": 0.953},
             "ood_datasets": {"handwritten digits": 0.02, "photographs": 0.081},
+            "auroc": {"handwritten digits": 0.99, "photographs": 0.93},
         },
     }
     (folder / "evaluation_results.json").write_text(json.dumps(results))
@@ -78,6 +79,7 @@ def app(cifar_folder):
     """The module `app`, which builds the page of the model in MODEL_ID when it is imported."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MODEL_ID", str(cifar_folder))
+        patch.setenv("SPACES_ZERO_GPU", "1")  # nothing is measured: it computes in float32
         return importlib.import_module("app")
 
 
@@ -99,8 +101,11 @@ def start_space(folder: Path, environment: dict[str, str]) -> tuple[str, subproc
         port = free.getsockname()[1]
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "PYTHON"))}
     variables |= {"GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": str(folder.parent / "files")}
-    variables |= {"HF_HUB_OFFLINE": "1"} | environment
-    process = subprocess.Popen([sys.executable, "app.py"], cwd=folder, env=variables)
+    variables |= {"HF_HUB_OFFLINE": "1", "SPACES_ZERO_GPU": "1"} | environment  # in float32
+    with open(folder.parent / "log.txt", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "app.py"], cwd=folder, env=variables, stderr=log
+        )
     url = f"http://127.0.0.1:{port}"
     while process.poll() is None:
         try:
@@ -119,3 +124,4 @@ def space_url(cifar_folder, tmp_path_factory):
     yield url
     process.terminate()
     process.wait()
+    assert "Traceback" not in (folder.parent / "log.txt").read_text()
