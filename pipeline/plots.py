@@ -76,71 +76,59 @@ def confusion_matrix(matrix: list[list[int]], labels: list[str], path: Path) -> 
     counts = np.asarray(matrix)
     if len(labels) > MAX_CLASSES:
         return _confused_pairs(counts, labels, path)
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    side = max(4.0, 0.55 * len(labels) + 1.5)
-    figure, axes = plt.subplots(figsize=(side, side))
     # A cube root makes the few errors visible beside the many correct answers.
-    axes.imshow(np.cbrt(shares), cmap="Blues", vmin=0, vmax=1.15)
-    if len(labels) <= 30:
-        for row, column in np.argwhere(counts):
-            color = "white" if shares[row, column] > 0.3 else "black"
-            axes.text(
-                column, row, counts[row, column], ha="center", va="center", color=color,
-                fontsize="small", fontweight="bold" if row == column else None,
-            )  # fmt: skip
-    ticks = range(len(labels))
-    axes.set_xticks(ticks, labels, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(ticks, labels)
+    shares = np.cbrt(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1))
+    texts = [[str(n) if n and len(labels) <= 30 else "" for n in row] for row in counts]
+    figure, axes = _matrix(shares, texts, labels, labels)
     axes.set(xlabel="predicted", ylabel="true", title="Images by true and predicted class")
-    axes.spines[:].set_visible(False)
     _save(figure, path)
 
 
-def _confused_pairs(counts: np.ndarray, labels: list[str], path: Path) -> None:
-    errors = counts * (1 - np.eye(len(counts), dtype=counts.dtype))
-    order = np.argsort(errors, axis=None)[::-1][:MAX_PAIRS]
-    pairs = [pair for pair in zip(*np.unravel_index(order, errors.shape), strict=True)][::-1]
-    names = [f"{labels[true]} taken for {labels[predicted]}" for true, predicted in pairs]
-    figure, axes = plt.subplots(figsize=(8, 0.25 * MAX_PAIRS + 1))
-    axes.barh(range(len(pairs)), [errors[pair] for pair in pairs], color=BLUE)
-    axes.set_yticks(range(len(pairs)), names, fontsize="small")
-    axes.set(
-        xlabel="images", title=f"The {len(pairs)} most confused pairs of {len(labels)} classes"
-    )
+def corruption_heatmap(accuracy: dict[str, list[float]], path: Path) -> None:
+    """Draw the accuracy by corruption and severity."""
+    rows = list(accuracy.values())
+    texts = [[f"{100 * value:.1f}" for value in row] for row in rows]
+    names = [name.replace("_", " ") for name in accuracy]
+    figure, axes = _matrix(np.asarray(rows), texts, names, range(1, len(rows[0]) + 1))
+    axes.set(xlabel="severity", title="Accuracy under corruptions, %")
     _save(figure, path)
 
 
-def attention_panels(
-    panels: list[tuple[str, Image]], title: str, path: Path, colors: Colormap
-) -> None:
-    """Draw captioned overlays side by side, at most six in a row, with a color bar."""
-    columns = min(len(panels), 6)
-    rows = -(-len(panels) // columns)
+def reliability_diagram(bins: dict[str, list[list[float]]], path: Path) -> None:
+    """Draw accuracy over confidence; by name, the size, confidence and accuracy of bins (3, B)."""
+    figure, axes = plt.subplots(figsize=(4.2, 4))
+    axes.plot([0, 1], [0, 1], "--", color="black", linewidth=1, label="calibrated")
+    for (name, values), color in zip(bins.items(), OKABE_ITO, strict=False):
+        counts, confidence, accuracy = np.asarray(values)[:, np.asarray(values)[0] > 0]
+        axes.plot(confidence, accuracy, color=color, label=name)
+        axes.scatter(confidence, accuracy, 3 + 100 * counts / counts.sum(), color=color)
+    axes.set(xlabel="confidence", ylabel="accuracy", title="Reliability, points by their images")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.25)
+    _save(figure, path)
+
+
+def image_sheet(
+    images: list[tuple[str, Image]], columns: int, path: Path, colors: Colormap | None = None,
+    title: str = "",
+) -> None:  # fmt: skip
+    """Draw captioned images in rows, with a color bar of attention if there are `colors`."""
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
     figure, grid = plt.subplots(
-        rows, columns, figsize=(1.9 * columns + 0.9, 2.1 * rows + 0.5), squeeze=False
+        rows, columns, figsize=(1.8 * columns + 0.9, 2.1 * rows + 0.4), squeeze=False
     )
     for axes in grid.flat:
         axes.axis("off")
-    for axes, (caption, image) in zip(grid.flat, panels, strict=False):
+    for axes, (caption, image) in zip(grid.flat, images, strict=False):
         axes.imshow(image)
         axes.set_title(caption, fontsize="small")
     figure.suptitle(title.replace("\n", ", "), fontsize="medium")
-    _color_bar(figure, grid, colors)
-    _save(figure, path)
-
-
-def attention_sheet(rows: list[list[tuple[str, Image]]], path: Path, colors: Colormap) -> None:
-    """Draw one row of captioned overlays per image; the first caption is the answer."""
-    columns = len(rows[0])
-    figure, grid = plt.subplots(
-        len(rows), columns, figsize=(1.8 * columns + 0.9, 2.1 * len(rows)), squeeze=False
-    )
-    for line, row in zip(grid, rows, strict=True):
-        for axes, (caption, image) in zip(line, row, strict=True):
-            axes.imshow(image)
-            axes.axis("off")
-            axes.set_title(caption, fontsize="x-small")
-    _color_bar(figure, grid, colors)
+    if colors:
+        shrink = min(0.8, 3 / figure.get_figheight())  # at most 3 inches high
+        bar = figure.colorbar(ScalarMappable(cmap=colors), ax=grid, shrink=shrink, anchor=(0, 1))
+        bar.set_ticks([0, 1], labels=["least\nattention", "most\nattention"], fontsize="x-small")
+        bar.outline.set_visible(False)
     _save(figure, path)
 
 
@@ -164,11 +152,34 @@ def faithfulness_curves(curves: dict[str, dict[str, list[float]]], path: Path) -
     _save(figure, path)
 
 
-def _color_bar(figure, axes, colors: Colormap) -> None:
-    shrink = min(0.8, 3 / figure.get_figheight())  # at most 3 inches high
-    bar = figure.colorbar(ScalarMappable(cmap=colors), ax=axes, shrink=shrink, anchor=(0, 1))
-    bar.set_ticks([0, 1], labels=["least\nattention", "most\nattention"], fontsize="x-small")
-    bar.outline.set_visible(False)
+def _matrix(shades: np.ndarray, texts: list[list[str]], rows, columns):
+    figure, axes = plt.subplots(
+        figsize=(max(4.0, 0.55 * len(columns) + 1.5), max(4.0, 0.55 * len(rows) + 1.5))
+    )
+    axes.imshow(shades, cmap="Blues", vmin=0, vmax=1.15)
+    for row, column in np.ndindex(shades.shape):
+        color = "white" if shades[row, column] > 0.67 else "black"
+        weight = "bold" if rows is columns and row == column else None
+        axes.text(
+            column, row, texts[row][column], ha="center", va="center", color=color,
+            fontsize="small", fontweight=weight,
+        )  # fmt: skip
+    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.spines[:].set_visible(False)
+    return figure, axes
+
+
+def _confused_pairs(counts: np.ndarray, labels: list[str], path: Path) -> None:
+    errors = counts * (1 - np.eye(len(counts), dtype=counts.dtype))
+    order = np.argsort(errors, axis=None)[::-1][:MAX_PAIRS]
+    pairs = [pair for pair in zip(*np.unravel_index(order, errors.shape), strict=True)][::-1]
+    names = [f"{labels[true]} taken for {labels[predicted]}" for true, predicted in pairs]
+    figure, axes = plt.subplots(figsize=(8, 0.25 * MAX_PAIRS + 1))
+    axes.barh(range(len(pairs)), [errors[pair] for pair in pairs], color=BLUE)
+    axes.set_yticks(range(len(pairs)), names, fontsize="small")
+    axes.set(xlabel="images", title=f"Most confused pairs of {len(labels)} classes")
+    _save(figure, path)
 
 
 def _save(figure, path: Path) -> None:

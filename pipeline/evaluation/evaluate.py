@@ -8,31 +8,29 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
-from datasets import Dataset
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+import numpy as np
+from torch import Tensor
 
 from pipeline import runs
-from pipeline.data.decoding import DecodedImages, content_hash
-from pipeline.data.loading import fingerprint, load_source, load_splits
-from pipeline.data.transforms import input_size, preprocess
+from pipeline.data.decoding import content_hash
+from pipeline.data.loading import fingerprint, load_splits
+from pipeline.data.sources import Source, load_source
+from pipeline.data.transforms import input_size
 from pipeline.errors import UserError
 from pipeline.evaluation import ood
-from pipeline.evaluation.metrics import ImageClassification
+from pipeline.evaluation.audit import duplicate_rows
+from pipeline.evaluation.calibration import fit_temperature
+from pipeline.evaluation.metrics import ImageClassification, reliability, wilson_interval
+from pipeline.evaluation.outputs import predict
+from pipeline.evaluation.robustness import measure_robustness
 from pipeline.recipe import DataArguments, data_arguments, load_settings
 from pipeline.training.model import load_model
 
 
 def evaluate(
-    name: str,
-    data: DataArguments,
-    split: str = "test",
-    batch_size: int = 128,
-    bf16: bool = False,
-) -> dict:
+    name: str, data: DataArguments, split: str = "test", batch_size: int = 128, bf16: bool = False,
+    corruptions: int = 0, ood_datasets: tuple[str, ...] = (),
+) -> dict:  # fmt: skip
     """Evaluate a model on one split, in float32.
 
     Args:
@@ -41,11 +39,15 @@ def evaluate(
         split: "test" or "validation".
         batch_size: Images at once in each process.
         bf16: Evaluate in bfloat16 where that is fast: for a quick look, not to be published.
+        corruptions: How many images to corrupt, see `measure_robustness`.
+        ood_datasets: Folders or Hub ids of images of other things, beside the built-in ones.
 
     Returns:
         Plain values for JSON: the metrics of `ImageClassification`, what they were computed from,
-        each image's prediction and confidence in order, `ood` (see `measure_ood`), and the
-        settings the model was trained with, where they are known.
+        each image's prediction and confidence in order, and the settings the model was trained
+        with, where they are known. Further: `ood` (see `measure_ood`); `calibration` before and
+        after temperature scaling; `without_near_duplicates`, the accuracy on images that an audit
+        did not find in train; `robustness`. Each is None where it was not measured.
 
     Raises:
         UserError: The model or the dataset can't be loaded, or their classes differ.
@@ -63,21 +65,33 @@ def evaluate(
             f'"{name}" classifies {_list_classes(labels)}; the dataset "{data.dataset}" has '
             f"{_list_classes(source.names)}."
         )
-    _check_same_data(name, settings, data)
-    size, crop = input_size(processor), bool(processor.do_center_crop)
-    splits = load_splits(
-        data, size, processor.resample, split, "validation", names=labels, crop=crop
-    )
+    _check_same_data(name, settings, source)
+    splits = load_splits(source, processor, split, "validation", names=labels)
     dataset, roles = splits[split], source.roles
     started = time.monotonic()
-    logits, truth = predict(model, processor, dataset, batch_size, bf16)
+    options = (batch_size, bf16, ood.DEPTH)
+    test = logits, truth, _ = predict(model, processor, dataset, *options)
     wall = time.monotonic() - started
     metric = ImageClassification(keep_in_memory=True)
     scores = metric.compute(predictions=logits.numpy(), references=truth.numpy())
-    detection = None  # of a dataset that has a test split only, nothing is left for the threshold
-    if "validation" in splits:
-        validation = splits["validation"]
-        detection = measure_ood(model, processor, validation, logits, split, data, batch_size, bf16)
+    detection = calibration = None
+    if "validation" in splits:  # unlike in a dataset that has a test split only
+        validation = predict(model, processor, splits["validation"], *options)
+        detection = ood.measure_ood(
+            model, processor, validation, test, dataset, split, data.dataset, ood_datasets,
+            batch_size, bf16,
+        )  # fmt: skip
+        training = runs.read_json(Path(name).expanduser() / "training.json") or {}
+        folded = training.get("temperature", 1.0)  # the logits are divided by it already
+        temperature = fit_temperature(validation[0] * folded, validation[1])
+        calibration = {
+            "temperature": temperature,
+            "folded": folded,
+            "before": _calibration(logits * folded, truth),
+            "after": _calibration(logits * folded / temperature, truth),
+        }
+    part = dataset.select(range(min(corruptions, len(dataset))))
+    robustness = measure_robustness(model, processor, part, batch_size) if corruptions else None
     hub_name, revision = runs.split_revision(name)
     is_local = runs.is_local(hub_name)
     return {
@@ -86,7 +100,7 @@ def evaluate(
             "revision": None if is_local else runs.hub_commit("model", hub_name, revision),
             "sha256": runs.model_hashes(name),
             "parameters": sum(p.numel() for p in model.parameters()),
-            "image_size": size,
+            "image_size": input_size(processor),
         },
         "dataset": {
             "name": data.dataset,
@@ -104,82 +118,15 @@ def evaluate(
         "predictions": logits.argmax(dim=1).tolist(),
         "confidences": [round(p, 4) for p in logits.softmax(dim=1).amax(dim=1).tolist()],
         "ood": detection,
+        "calibration": calibration,
+        "without_near_duplicates": _without(duplicate_rows(source, split), logits, truth),
+        "robustness": robustness,
         "recipe": settings,
         "dtype": "bfloat16" if bf16 else "float32",
         "wall_s": round(wall, 1),
         "hardware": runs.hardware(),
         "versions": runs.versions(),
         "code_revision": runs.code_revision(),
-    }
-
-
-def predict(
-    model: PreTrainedModel, processor, dataset: Dataset, batch_size: int = 128, bf16: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Classify a decoded dataset, in all processes.
-
-    Returns:
-        Logits float32 (N, C) and labels (N,), in the dataset's order.
-    """
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    loader = DataLoader(DecodedImages(dataset), batch_size, collate_fn=DecodedImages.collate)
-    # Not the model: it is not trained, so each process keeps a copy of its own.
-    model, loader = model.to(accelerator.device).eval(), accelerator.prepare(loader)
-    logits, labels = [], []
-    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16)
-    with torch.inference_mode():
-        for batch in tqdm(loader, "Predicting", disable=not accelerator.is_main_process):
-            pixels = preprocess(batch["pixel_values"], processor)  # the same in either precision
-            with autocast:
-                output = model(pixels).logits.float()
-            output, truth = accelerator.gather_for_metrics((output, batch["labels"]))
-            logits.append(output.cpu())
-            labels.append(truth.cpu())
-    return torch.cat(logits), torch.cat(labels)
-
-
-def measure_ood(
-    model, processor, validation: Dataset, logits: torch.Tensor, split: str, data: DataArguments,
-    batch_size: int = 128, bf16: bool = False,
-) -> dict:  # fmt: skip
-    """Fit the OOD threshold on validation, and measure how many images pass it.
-
-    Args:
-        model: An image classifier.
-        processor: Its image processor.
-        validation: Decoded.
-        logits: float (N, C), of the evaluated split.
-        split: Its name.
-        data: The dataset; one that is itself among the OOD datasets is left out there.
-        batch_size: See `evaluate`.
-        bf16: See `evaluate`.
-
-    Returns:
-        The `threshold`, the `pass_rate` of validation and of the split, and that of each of the
-        `ood_datasets`.
-    """
-
-    def predict_logits(dataset: Dataset) -> torch.Tensor:
-        return predict(model, processor, dataset, batch_size, bf16)[0]
-
-    validation_logits = predict_logits(validation)
-    others = ood.ood_datasets(
-        input_size(processor), processor.resample, bool(processor.do_center_crop)
-    )
-    if data.dataset == "digits":
-        del others["handwritten digits"]
-    threshold = ood.fit_threshold(validation_logits)
-    return {
-        "score": "energy",
-        "threshold": threshold,
-        "target_tpr": ood.TARGET_TPR,
-        "pass_rate": {
-            "validation": ood.pass_rate(validation_logits, threshold),
-            split: ood.pass_rate(logits, threshold),
-        },
-        "ood_datasets": {
-            name: ood.pass_rate(predict_logits(other), threshold) for name, other in others.items()
-        },
     }
 
 
@@ -197,22 +144,35 @@ def save(results: dict, folder: Path) -> None:
 
 def as_text(results: dict) -> str:
     """Return the results as a report to read."""
-    low, high = results["accuracy_interval"]
-    model, dataset, rates = results["model"], results["dataset"], results["ood"]
+    model, dataset, labels = results["model"], results["dataset"], results["labels"]
     revision = f" @ {model['revision']}" if model["revision"] else ""
     detection = "not measured: the dataset has no validation images"
-    if rates:
+    if rates := results["ood"]:
         accepted = {dataset["split"]: rates["pass_rate"][dataset["split"]]} | rates["ood_datasets"]
-        detection = "images taken for in-distribution (energy score): " + ", ".join(
+        detection = f"images taken for in-distribution ({rates['score']} score): " + ", ".join(
             f"{name} {rate:.1%}" for name, rate in accepted.items()
         )
-    width = max(len(label) for label in results["labels"])
     lines = [
-        f"Accuracy       {results['accuracy']:.2%}  (95 % interval {low:.2%} to {high:.2%})",
+        f"Accuracy       {_with_interval(results, 'accuracy')}",
         f"Balanced       {results['balanced_accuracy']:.2%}, the mean over classes",
         f"Macro-F1       {results['macro_f1']:.4f}",
         f"NLL            {results['nll']:.4f}",
         f"ECE            {results['ece']:.4f}",
+    ]
+    if part := results["without_near_duplicates"]:
+        lines.append(
+            f"No duplicates  {_with_interval(part, 'accuracy')}, without {part['removed']} images "
+            "that are in train too"
+        )
+    if calibration := results["calibration"]:
+        before, after = (calibration[key]["ece"] for key in ("before", "after"))
+        lines.append(
+            f"Temperature    {calibration['temperature']:.3f}: ECE {before:.4f} to {after:.4f}"
+        )
+    if robustness := results["robustness"]:
+        lines.append(f"Corrupted      {_with_interval(robustness, 'mean_accuracy')}")
+    width = max(map(len, labels))
+    lines += [
         "",
         f"Model          {model['name']}{revision}, {model['image_size']} px, "
         f"{model['parameters'] / 1e6:.1f} M parameters",
@@ -223,22 +183,44 @@ def as_text(results: dict) -> str:
         "",
         f"{'class':{width}}  precision  recall      f1  images",
     ]
-    for i, label in enumerate(results["labels"]):
-        lines.append(
-            f"{label:{width}}  {results['precision'][i]:9.4f}  {results['recall'][i]:6.4f}  "
-            f"{results['f1'][i]:6.4f}  {results['support'][i]:6}"
-        )
+    columns = (labels, *(results[key] for key in ("precision", "recall", "f1", "support")))
+    for label, precision, recall, f1, support in zip(*columns, strict=True):
+        lines.append(f"{label:{width}}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {support:6}")
     return "\n".join(lines) + "\n"
 
 
-def _check_same_data(model: str, settings: dict | None, data: DataArguments) -> None:
+def _with_interval(results: dict, key: str) -> str:
+    low, high = results[f"{key}_interval"]
+    return f"{results[key]:.2%}  (95 % interval {low:.2%} to {high:.2%})"
+
+
+def _calibration(logits: Tensor, labels: Tensor) -> dict:
+    metric = ImageClassification(keep_in_memory=True)
+    scores = metric.compute(predictions=logits.numpy(), references=labels.numpy())
+    confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
+    bins = reliability(confidence.numpy(), (predicted == labels).numpy()).tolist()
+    return {"nll": scores["nll"], "ece": scores["ece"], "bins": bins}
+
+
+def _without(rows: list[int] | None, logits: Tensor, labels: Tensor) -> dict | None:
+    """The accuracy on the other rows than these; None if it is not known which these are."""
+    if rows is None:
+        return None
+    correct = np.delete((logits.argmax(dim=1) == labels).numpy(), rows)
+    interval = wilson_interval(int(correct.sum()), len(correct))
+    accuracy = {"accuracy": float(correct.mean()), "accuracy_interval": interval}
+    return accuracy | {"removed": len(rows), "images": len(correct)}
+
+
+def _check_same_data(model: str, settings: dict | None, source: Source) -> None:
     """Raise UserError if a run's own dataset has changed: its splits would be other ones."""
+    data = source.data
     training = runs.read_json(Path(model).expanduser() / "training.json") or {}
     if settings and settings.get("dataset") == data.dataset and "data" in training:
         own = data_arguments(model)
         if replace(own, dataset_revision=data.dataset_revision) != data:
             return
-        if fingerprint(data) != training["data"]:
+        if fingerprint(source) != training["data"]:
             raise UserError(
                 f'The images of "{data.dataset}" are not the images that {model} was trained on, '
                 "so test images may be among those: restore them, or train again."

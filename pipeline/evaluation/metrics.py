@@ -69,6 +69,13 @@ def wilson_interval(correct: int, total: int) -> list[float]:
 
 def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
     """Return the gap between confidence (N,) and accuracy, averaged over bins by their size."""
+    counts, confidences, accuracies = reliability(confidence, correct)
+    return float((counts * np.abs(accuracies - confidences)).sum() / len(confidence))
+
+
+def reliability(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    """Return size, mean confidence and accuracy of each bin of confidence (N,): (3, ECE_BINS)."""
     bins = np.minimum((confidence * ECE_BINS).astype(int), ECE_BINS - 1)
-    gaps = np.bincount(bins, weights=correct - confidence, minlength=ECE_BINS)
-    return float(np.abs(gaps).sum() / len(confidence))
+    weights = (np.ones(len(bins)), confidence, correct)
+    counts, *sums = (np.bincount(bins, weights=w, minlength=ECE_BINS) for w in weights)
+    return np.stack([counts, *(total / np.maximum(counts, 1) for total in sums)])

@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.evaluate import as_text, evaluate
 from pipeline.recipe import DataArguments, load_recipe
 from pipeline.training.train import train
-from samples import ROOT
+from samples import ROOT, image_processor
 
 DIGITS = DataArguments(dataset="digits")
 
@@ -28,7 +28,7 @@ def test_results_are_what_pipeline_gives_image_by_image(model):
     from transformers import pipeline
 
     results = evaluate(model, DIGITS)
-    test = load_split(DIGITS, "test", 32, 2)
+    test = load_split(DIGITS, "test", image_processor())
     images = [
         Image.fromarray(torch.tensor(row["image"], dtype=torch.uint8).permute(1, 2, 0).numpy())
         for row in test

@@ -8,6 +8,7 @@ from pipeline.evaluation import ood
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.recipe import DataArguments, load_recipe
 from pipeline.training.train import train
+from samples import image_processor
 
 
 def test_scores_are_the_log_of_the_summed_exponentials():
@@ -25,7 +26,7 @@ def test_the_threshold_passes_the_target_share_of_validation():
 
 def test_ood_images_are_decoded_at_no_more_than_the_models_size():
     for size in (32, 98):
-        others = ood.ood_datasets(size, resample=2)
+        others = ood.ood_datasets(image_processor(size))
         assert {name: len(d) for name, d in others.items()} == {
             "handwritten digits": ood.DIGITS,
             "photographs": 120,
@@ -42,7 +43,7 @@ def test_evaluation_reports_how_many_images_pass(tiny_recipe):
     assert set(results["ood_datasets"]) == {"photographs"}  # digits are no other thing here
 
     size = AutoConfig.from_pretrained("models/run").image_size
-    pieces = ood.ood_datasets(size, resample=2)["photographs"]
+    pieces = ood.ood_datasets(image_processor(size))["photographs"]
     answer = pipeline("image-classification", "models/run")
     passed = 0
     for row in pieces:

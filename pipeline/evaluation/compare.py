@@ -1,0 +1,98 @@
+"""Compare two runs on the same test images, and average several seeds of one recipe.
+
+- McNemar's exact test (McNemar 1947): of the images that one of two models gets right, is the share
+  of each one half?
+- Paired bootstrap (Efron & Tibshirani 1993): images are drawn anew, with both answers to them.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+from datasets import Dataset
+from scipy.stats import binomtest, t
+
+from pipeline.data.loading import load_raw
+from pipeline.data.splits import class_numbers
+from pipeline.errors import UserError
+from pipeline.recipe import data_arguments
+
+DRAWS = 10_000
+AVERAGED = ("accuracy", "macro_f1", "nll", "ece")
+
+
+def compare(first: dict, second: dict, labels: np.ndarray) -> dict:
+    """Compare the results of two evaluations.
+
+    Args:
+        first: Results of `evaluate`.
+        second: Likewise, of the same images.
+        labels: The true class numbers (N,).
+
+    Returns:
+        `difference` of the accuracies, the second's less the first's, with its 95 % interval;
+        `p_value` of McNemar's test and whether they are `different` by it, at 5 %; how many images
+        `only_first` and `only_second` gets right, also by class; and the `rows` of those images.
+
+    Raises:
+        UserError: They were not evaluated on the same images.
+    """
+    if first["labels"] != second["labels"] or first["support"] != second["support"] or any(
+        first["dataset"][key] != second["dataset"][key] for key in ("name", "revision", "split")
+    ):  # fmt: skip
+        raise UserError("These runs were not evaluated on the same images: evaluate both on those.")
+    correct = [np.asarray(results["predictions"]) == labels for results in (first, second)]
+    change = correct[1].astype(int) - correct[0]  # (N,): 1 where only the second is right
+    count, lost, won = len(change), int((change < 0).sum()), int((change > 0).sum())
+    shares = [lost / count, won / count, 1 - (lost + won) / count]
+    draws = np.random.default_rng(0).multinomial(count, shares, DRAWS)  # the paired bootstrap
+    interval = np.quantile((draws[:, 1] - draws[:, 0]) / count, [0.025, 0.975])
+    p_value = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+    by_class = {
+        name: {
+            "only_first": int((change[labels == i] < 0).sum()),
+            "only_second": int((change[labels == i] > 0).sum()),
+        }
+        for i, name in enumerate(first["labels"])
+    }
+    return {
+        "accuracy": [first["accuracy"], second["accuracy"]],
+        "difference": float(change.mean()),
+        "difference_interval": interval.tolist(),
+        "p_value": p_value,
+        "different": p_value < 0.05,
+        "only_first": lost,
+        "only_second": won,
+        "images": count,
+        "by_class": by_class,
+        "rows": np.flatnonzero(change).tolist(),
+    }
+
+
+def load_evaluated(results: dict) -> tuple[Dataset, np.ndarray]:
+    """Load the split that a run was evaluated on, undecoded, and its class numbers (N,)."""
+    info = results["dataset"]
+    data = data_arguments(results["model"]["name"], info["name"])
+    data = replace(data, dataset_config=info["config"], dataset_revision=info["revision"])
+    split = load_raw(data)[info["split"]]
+    names = split.features["label"].names
+    labels = np.array([results["labels"].index(name) for name in names])[class_numbers(split)]
+    if np.bincount(labels, minlength=len(results["labels"])).tolist() != results["support"]:
+        raise UserError(f'The {info["split"]} images of "{info["name"]}" are no longer the same.')
+    return split, labels
+
+
+def average(runs: list[dict]) -> dict:
+    """Average the results of several seeds: mean, 95 % interval of the mean (Student's t), values.
+
+    Raises:
+        UserError: There is only one.
+    """
+    if len(runs) < 2:
+        raise UserError("An interval needs two seeds at least: N=3.")
+    table = {}
+    for key in AVERAGED:
+        values = [results[key] for results in runs]
+        mean, error = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5
+        interval = [mean, mean] if error == 0 else t.interval(0.95, len(values) - 1, mean, error)
+        table[key] = {"mean": float(mean), "interval": [*map(float, interval)], "values": values}
+    return {"seeds": [results["recipe"]["seed"] for results in runs], **table}

@@ -1,0 +1,198 @@
+"""Classify image files, or a dataset's split, and write one row for each to a CSV or parquet file.
+
+The answers are those of `transformers.pipeline()`; memory does not grow with the number of images.
+"""
+
+import glob
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import torch
+from accelerate import Accelerator
+from datasets import Image as ImageFeature
+from PIL import Image
+from tqdm.auto import tqdm
+
+from pipeline.data.decoding import open_image
+from pipeline.data.loading import load_raw
+from pipeline.data.transforms import fit_image, input_size, preprocess
+from pipeline.errors import UserError
+from pipeline.evaluation import ood
+from pipeline.evaluation.outputs import pool_layer
+from pipeline.recipe import DataArguments
+from pipeline.training.model import load_model
+
+FIRST = 5  # rows that are returned
+WRITERS = {".csv": pyarrow.csv.CSVWriter, ".parquet": pyarrow.parquet.ParquetWriter}
+
+
+@dataclass
+class Item:
+    """One image to classify: what the table calls it, and how it is opened."""
+
+    name: str
+    open: Callable[[], Image.Image]
+
+
+def find_images(patterns: list[str]) -> Iterator[Item]:
+    """Find image files, one by one: files, glob patterns, and folders with all that is in them.
+
+    Raises:
+        UserError: A pattern matches nothing.
+    """
+    suffixes = Image.registered_extensions()
+    for pattern in patterns:
+        paths = [pattern] if Path(pattern).exists() else glob.iglob(pattern, recursive=True)
+        found = False
+        for path in map(Path, paths):
+            # Each folder's files by name; a whole list would not fit for millions.
+            files = [path] if path.is_file() else _walk(path)
+            for file in files:
+                if file.suffix.lower() in suffixes or file == path:
+                    found = True
+                    yield Item(str(file), lambda file=file: open_image(file, str(file)))
+        if not found:
+            raise UserError(f'There is no image in "{pattern}": name files, a folder or a pattern.')
+
+
+def split_images(data: DataArguments, split: str) -> Iterator[Item]:
+    """Give the images of a dataset's split, named by split and row."""
+    dataset = load_raw(data)[split].cast_column("image", ImageFeature(decode=False))
+    for row in dataset:
+        name = f"{split}/{row['row']}"
+        yield Item(name, lambda cell=row["image"], name=name: open_image(cell, name))
+
+
+def predict_to_file(
+    model_name: str,
+    items: Iterable[Item],
+    output: Path,
+    top_k: int = 3,
+    batch_size: int = 64,
+    total: int | None = None,
+) -> dict:
+    """Classify images and write a table, complete or not at all.
+
+    Its columns are `image`, `label_1`, `probability_1` and so on for `top_k` classes,
+    `ood_score` and `is_ood` (empty where the model's evaluation is not known), and `error`, the
+    reason why an image could not be read.
+
+    Args:
+        model_name: A local folder, or `id@revision` on the Hub.
+        items: The images.
+        output: A path that ends in .csv or .parquet.
+        top_k: How many classes to list; all of them at most.
+        batch_size: Images at once on the device.
+        total: How many there are, for the progress bar.
+
+    Returns:
+        `images`, `unreadable` and `ood`: how many there were of each; `first`: the first rows.
+
+    Raises:
+        UserError: The model or the output can't be used.
+    """
+    for name, value in (("top_k", top_k), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1.")
+    if output.suffix not in WRITERS:
+        raise UserError(f'The output is "{output}"; its name must end in .csv or .parquet.')
+    model, processor = load_model(model_name)
+    detector = ood.load_detector(model_name)
+    device = Accelerator(cpu=not torch.accelerator.is_available()).device
+    model = model.to(device)
+    names = np.array([model.config.id2label[i] for i in range(model.config.num_labels)])
+    size, resample, crop = input_size(processor), processor.resample, processor.do_center_crop
+    top_k = min(top_k, len(names))
+
+    def prepare(item: Item) -> np.ndarray | UserError:  # uint8 (S, S, 3)
+        try:
+            return np.asarray(fit_image(item.open(), size, resample, bool(crop)))
+        except UserError as error:
+            return error
+
+    def predict(pixels: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits float32 (B, C), and scores (B,) where there is a detector."""
+        images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(device)  # (B, 3, S, S)
+        with torch.inference_mode():
+            output = model(preprocess(images, processor), output_hidden_states=bool(detector))
+        logits = output.logits.float().cpu()
+        if not detector:
+            return logits, None
+        return logits, detector.score(logits, pool_layer(output, ood.DEPTH).cpu())
+
+    counts, first = {"images": 0, "unreadable": 0, "ood": 0}, []
+    output.parent.mkdir(parents=True, exist_ok=True)
+    part = output.with_name(output.name + ".part")
+    bar = tqdm(desc="Predicting", unit=" images", total=total)
+    with (
+        ThreadPoolExecutor(torch.get_num_threads()) as pool,
+        WRITERS[output.suffix](part, _schema(top_k)) as writer,
+    ):
+        for batch in _prepare_ahead(items, prepare, pool, batch_size):
+            errors = [str(image) if isinstance(image, UserError) else None for _, image in batch]
+            images = [image for _, image in batch if not isinstance(image, UserError)]
+            logits, scores = predict(images) if images else (torch.empty(0, len(names)), None)
+            probs, classes = logits.softmax(dim=1).topk(top_k)  # (B, top_k)
+            columns = {"image": [item.name for item, _ in batch]}
+            readable = np.array([error is None for error in errors])
+            for k in range(top_k):
+                columns[f"label_{k + 1}"] = _spread(names[classes[:, k]], readable)
+                columns[f"probability_{k + 1}"] = _spread(probs[:, k].numpy(), readable)
+            is_ood = None if scores is None else scores < detector.threshold
+            columns["ood_score"] = _spread(scores, readable)
+            columns["is_ood"] = _spread(is_ood, readable)
+            columns["error"] = errors
+            table = pa.RecordBatch.from_pydict(columns, schema=_schema(top_k))
+            writer.write_batch(table)
+            first = first or table.slice(0, FIRST).to_pylist()
+            counts["images"] += len(batch)
+            counts["unreadable"] += len(batch) - len(images)
+            counts["ood"] += 0 if is_ood is None else int(is_ood.sum())
+            bar.update(len(batch))
+    bar.close()
+    part.replace(output)
+    return counts | {"first": first}
+
+
+def _schema(top_k: int) -> pa.Schema:
+    classes = [
+        column
+        for k in range(1, top_k + 1)
+        for column in ((f"label_{k}", pa.string()), (f"probability_{k}", pa.float32()))
+    ]
+    return pa.schema(
+        [("image", pa.string()), *classes, ("ood_score", pa.float32()), ("is_ood", pa.bool_()),
+         ("error", pa.string())]
+    )  # fmt: skip
+
+
+def _spread(values: Sequence | None, readable: np.ndarray) -> list:
+    """A value for each image, (N,), of the values of the readable ones; None for the others."""
+    rest = iter(() if values is None else values.tolist())
+    return [next(rest, None) if can_read else None for can_read in readable]
+
+
+def _prepare_ahead(items: Iterable[Item], prepare, pool: ThreadPoolExecutor, size: int) -> Iterator:
+    """Batches of pairs (item, prepared), of which the next one is prepared meanwhile."""
+    items, ready = iter(items), []
+    while batch := list(islice(items, size)):
+        coming = [(item, pool.submit(prepare, item)) for item in batch]
+        if ready:
+            yield [(item, future.result()) for item, future in ready]
+        ready = coming
+    if ready:
+        yield [(item, future.result()) for item, future in ready]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for root, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        yield from (Path(root) / file for file in sorted(files))

@@ -1,0 +1,37 @@
+"""Audit a dataset: duplicates, likely label errors, unusual images, class balance."""
+
+import argparse
+
+from pipeline.errors import run_main
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--dataset", help="a Hub id or a folder (default: the model's)")
+    parser.add_argument("--model", help="a backbone or a fine-tuned model; finds label errors")
+    parser.add_argument("--image_size", type=int, help="of the model's input: small is fast")
+    args = parser.parse_args()
+
+    # After the arguments: these take seconds to import.
+    from dataclasses import replace
+
+    from pipeline import plots, runs
+    from pipeline.evaluation.audit import as_text, audit, audit_folder
+    from pipeline.recipe import DataArguments, data_arguments
+
+    data = DataArguments(**({"dataset": args.dataset} if args.dataset else {}))
+    if not args.dataset and args.model:
+        data = replace(data_arguments(args.model), max_train_samples=None)
+    report, sheets = audit(data, args.model, args.image_size)
+    folder = audit_folder(data.dataset)
+    runs.write_json(folder / "audit.json", report)
+    (folder / "report.txt").write_text(as_text(report), "utf-8")
+    for name, images in sheets.items():
+        (folder / f"{name}.png").unlink(missing_ok=True)
+        if images:
+            plots.image_sheet(images, 10, folder / f"{name}.png", title=name.replace("_", " "))
+    print(as_text(report) + f"Saved: {folder}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,62 @@
+"""Compare two evaluated runs on the same test images, or average several seeds of one recipe."""
+
+import argparse
+
+from pipeline.errors import UserError, run_main
+
+SHOWN = 60  # images on the contact sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", help="names of runs, or folders of models")
+    parser.add_argument("--seeds", action="store_true", help="average them")
+    args = parser.parse_args()
+
+    # After the arguments: these take seconds to import.
+    from pipeline import plots, runs
+    from pipeline.data.decoding import open_image
+    from pipeline.evaluation.compare import average, compare, load_evaluated
+
+    folders = [runs.results_folder(run) for run in args.runs]
+    files = [folder / "evaluation_results.json" for folder in folders]
+    found = [runs.read_json(file) for file in files]
+    if missing := [name for name, results in zip(args.runs, found, strict=True) if not results]:
+        raise UserError(f"There are no results of {missing[0]}: run `make evaluate` with it first.")
+    if args.seeds:
+        table = average(found)
+        for file, results in zip(files, found, strict=True):  # for the card of each
+            runs.write_json(file, results | {"seeds": table})
+        for key in table.keys() - {"seeds"}:
+            low, high = table[key]["interval"]
+            print(f"{key:10} {table[key]['mean']:.4f}  (95 % interval {low:.4f} to {high:.4f})")
+        return
+
+    if len(found) != 2:
+        raise UserError('Name two runs, as RUNS="first second".')
+    split, labels = load_evaluated(found[0])
+    report = compare(*found, labels)
+    folder = runs.RESULTS / "compare" / "_".join(folder.name for folder in folders)
+    runs.write_json(folder / "comparison.json", report)
+    names, sheet = found[0]["labels"], []
+    for row in report["rows"][:: len(report["rows"]) // SHOWN + 1]:
+        answers = (names[results["predictions"][row]] for results in found)
+        caption = f"{names[labels[row]]}:\n{' / '.join(answers)}"
+        sheet.append((caption, open_image(split[row]["image"], f"row {row}")))
+    if sheet:
+        plots.image_sheet(sheet, 10, folder / "differences.png", title=" / ".join(args.runs))
+    low, high = report["difference_interval"]
+    verdict = "differ" if report["different"] else "do not differ significantly"
+    print(
+        f"Accuracy {found[0]['accuracy']:.2%} and {found[1]['accuracy']:.2%}: difference "
+        f"{report['difference']:+.2%} (95 % interval {low:+.2%} to {high:+.2%}).\n"
+        f"Only the first is right on {report['only_first']} images, only the second on "
+        f"{report['only_second']}: the runs {verdict} (McNemar's test, p = {report['p_value']:.2g})."
+    )
+    for name, entry in report["by_class"].items():
+        print(f"  {name:12} -{entry['only_first']} +{entry['only_second']}")
+    print(f"Saved: {folder}")
+
+
+if __name__ == "__main__":
+    run_main(main)
