@@ -1,4 +1,4 @@
-"""Classify images with a model by plain `transformers.pipeline()`."""
+"""Classify images with a model, and write a table of its answers."""
 
 import argparse
 from pathlib import Path
@@ -8,36 +8,47 @@ from pipeline.errors import run_main
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("model", help="a folder, or a Hub id as name/model or name/model@rev")
-    parser.add_argument("images", nargs="*", type=Path, help="files (default: five test images)")
-    parser.add_argument("--dataset", help="of the test images; default: the one it was trained on")
+    parser.add_argument("--model", help="a folder or a Hub id; default: the run trained last")
+    parser.add_argument(
+        "--images", nargs="+", help="files, folders or patterns (default: a split of the dataset)"
+    )
+    parser.add_argument("--dataset", help="in place of images; default: the one it was trained on")
+    parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
+    parser.add_argument("--max_images", type=int, help="classify the first ones only")
+    parser.add_argument("--top_k", type=int, default=3, help="classes to list for each image")
+    parser.add_argument("--batch_size", type=int, default=64, help="images at once on the device")
+    parser.add_argument(
+        "--output", type=Path, help=".csv or .parquet (default: results/<run>/predictions.csv)"
+    )
     args = parser.parse_args()
 
     # After the arguments: these take seconds to import.
-    from transformers import pipeline
+    from itertools import islice
 
     from pipeline import runs
-    from pipeline.data.loading import load_split
-    from pipeline.data.transforms import input_size
-    from pipeline.explain import figures
+    from pipeline.evaluation.predictions import find_images, predict_to_file, split_images
     from pipeline.recipe import data_arguments
-    from pipeline.training.model import load_model
 
-    name, revision = runs.split_revision(args.model)
-    model, processor = load_model(args.model)  # one sentence for what is missing
-    examples = figures.examples_from_files(args.images)
-    if not examples:
-        data = data_arguments(args.model, args.dataset)
-        test = load_split(
-            data, "test", input_size(processor), processor.resample,
-            names=list(model.config.id2label.values()), crop=bool(processor.do_center_crop),
-        )  # fmt: skip
-        examples = figures.examples_from_rows(test, range(5))
-    classify = pipeline("image-classification", model=name, revision=revision)
-    for example in examples:
-        answer = classify(example.open(), top_k=1)[0]
-        truth = f" (true: {example.label})" if example.label else ""
-        print(f"{example.name}{truth}: {answer['label']}, {answer['score']:.1%}")
+    model = args.model or runs.last_run()
+    output = args.output or runs.results_folder(model) / "predictions.csv"
+    if args.images:
+        items = find_images(args.images)
+    else:
+        items = split_images(data_arguments(model, args.dataset), args.split)
+    items = islice(items, args.max_images)
+    counts = predict_to_file(model, items, output, args.top_k, args.batch_size)
+    for row in counts["first"]:
+        print(
+            f"{row['image']}: " + (row["error"] or f"{row['label_1']}, {row['probability_1']:.1%}")
+        )
+    rest = counts["images"] - len(counts["first"])
+    print(
+        (f"… and {rest:,} more.\n" if rest > 0 else "")
+        + f"Classified {counts['images'] - counts['unreadable']:,} images"
+        + (f"; {counts['unreadable']:,} could not be read" if counts["unreadable"] else "")
+        + (f"; {counts['ood']:,} look unlike the training data" if counts["ood"] else "")
+        + f".\nTable: {output}"
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi, RepoCard, SpaceRuntime
@@ -20,8 +21,9 @@ SPACE, SHOWN = "me/look", "me/digits"
 
 @pytest.fixture
 def shown(api, hub_server, monkeypatch) -> Repository:
-    """The repository of a model on the Hub, which the Space shows."""
+    """The repository of a model on the Hub, which the Space shows; it isn't tried first."""
     monkeypatch.setattr(space, "POLL", 0.01)
+    monkeypatch.setattr(space, "try_here", lambda folder, api: None)
     repository = Repository(hub_server.root, "models", SHOWN)
     repository.create(private=False)
     repository.add_folder(MODEL)
@@ -32,8 +34,9 @@ def deploy(monkeypatch, *args: str, repo: str = SPACE, model: str = SHOWN) -> No
     run_script(monkeypatch, deploy_space.main, repo, "--model", model, *args)
 
 
-def variables(api: HfApi) -> dict[str, str]:
-    return {key: variable.value for key, variable in api.get_space_variables(SPACE).items()}
+def shown_model(api: HfApi, revision: str = "main") -> dict[str, str]:
+    file = api.hf_hub_download(SPACE, "model.json", repo_type="space", revision=revision)
+    return json.loads(Path(file).read_text())
 
 
 def front_matter(api: HfApi) -> dict:
@@ -46,7 +49,8 @@ def set_runtimes(monkeypatch, *runtimes: dict) -> list[dict]:
     answers = list(runtimes)
 
     def get_space_runtime(api, repo_id, **kwargs):
-        return SpaceRuntime({"hardware": {}} | answers.pop(0))
+        commit = api.repo_info(repo_id, repo_type="space").sha
+        return SpaceRuntime({"hardware": {}, "sha": commit} | answers.pop(0))
 
     monkeypatch.setattr(HfApi, "get_space_runtime", get_space_runtime)
     return answers
@@ -60,15 +64,18 @@ def test_a_space_is_one_commit_that_shows_one_commit_of_a_model(api, shown, monk
     names = set(api.list_repo_files(SPACE, repo_type="space"))
     assert names >= {"README.md", "attention.py", "requirements.txt"}
     assert names >= {path.name for path in space.SOURCE.glob("*.py")}
-    published = {*space.published_files(api.model_info(SHOWN)), "publication.json"}
+    published = {*space.published_files(api.model_info(SHOWN), ""), "publication.json"}
     assert names - {".gitattributes"} == published
     assert not [name for name in names if "__pycache__" in name]
-    assert variables(api) == {"MODEL_ID": SHOWN, "MODEL_REVISION": commit}
+    assert shown_model(api) == {"model": SHOWN, "revision": commit}
     info = api.space_info(SPACE)
     assert info.sdk == "gradio"
     front = front_matter(api)
     assert front["models"] == [SHOWN]
-    assert front["preload_from_hub"] == [f"{SHOWN} {','.join(runs.MODEL_FILES)} {commit}"]
+    assert front["thumbnail"].endswith("/spaces/me/look/resolve/main/thumbnail.jpg")
+    assert front["suggested_hardware"] == "cpu-basic"
+    name, files, revision = front["preload_from_hub"][0].split(" ")
+    assert (name, {*files.split(",")}, revision) == (SHOWN, {*runs.MODEL_FILES}, commit)
     assert re.fullmatch(r"\d+\.\d+\.\d+", front["sdk_version"])
     assert f"spaces/{SPACE} is stopped" in capsys.readouterr().out
 
@@ -78,12 +85,13 @@ def test_a_space_is_one_commit_that_shows_one_commit_of_a_model(api, shown, monk
 
     later = replace_file(api, EVALUATION, json.dumps({}).encode(), repo=SHOWN)
     deploy(monkeypatch)
-    assert variables(api)["MODEL_REVISION"] == later
-    assert f"{EVALUATION} {later}" in front_matter(api)["preload_from_hub"][0]
+    assert shown_model(api)["revision"] == later
+    assert EVALUATION in front_matter(api)["preload_from_hub"][0]
     assert len(history(api, SPACE, "space")) == 3
+    assert shown_model(api, info.sha)["revision"] == commit  # a commit has its model in it
 
     deploy(monkeypatch, model=f"{SHOWN}@{commit}")
-    assert variables(api)["MODEL_REVISION"] == commit
+    assert shown_model(api)["revision"] == commit
 
 
 def test_a_dry_run_of_a_space_sends_nothing(api, shown, monkeypatch, capsys):
@@ -99,8 +107,6 @@ def test_a_dry_run_of_a_space_sends_nothing(api, shown, monkeypatch, capsys):
     [
         ("GET", "api/spaces/me/look", 503),
         ("POST", "repos/create", "lose"),
-        ("POST", "/variables", 503),
-        ("GET", "/variables", "drop"),
         ("POST", "/commit/", 500),
         ("POST", "/commit/", "lose"),
         ("GET", "/runtime", "drop"),
@@ -114,7 +120,7 @@ def test_a_transient_fault_leaves_exactly_one_commit_of_the_space(
     deploy(monkeypatch)
     assert not hub_server.faults
     assert len(history(api, SPACE, "space")) == 2
-    assert variables(api)["MODEL_ID"] == SHOWN
+    assert shown_model(api)["model"] == SHOWN
 
 
 def test_a_commit_of_somebody_else_to_the_space_is_not_overwritten(
@@ -138,13 +144,11 @@ def test_a_commit_of_somebody_else_to_the_space_is_not_overwritten(
         (MINE, "look", SHOWN, "is not a repository name"),
         (MINE, SPACE, "me/nothing", 'There is no "me/nothing"'),
         (MINE, SPACE, f"{SHOWN}@gone", "answered 404"),
-        (MINE, SPACE, "me/empty", "is incomplete: it has no config.json, model.safetensors"),
     ],
 )
 def test_a_refused_deployment_gives_one_sentence(
     api, shown, monkeypatch, capfd, token, repo, model, message
 ):
-    api.create_repo("me/empty")
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "nowhere")
     with pytest.raises(UserError, match=re.escape(message)) as error:
@@ -163,13 +167,55 @@ def test_a_private_model_is_not_preloaded_and_needs_a_secret(api, shown, monkeyp
     assert "give the Space a secret HF_TOKEN" in capsys.readouterr().out
 
 
-def test_the_build_is_waited_for(api, shown, monkeypatch, capsys):
-    earlier = {"stage": "RUNNING", "sha": "0" * 40}
-    stages = [{"stage": stage} for stage in ("BUILDING", "APP_STARTING", "RUNNING")]
-    left = set_runtimes(monkeypatch, earlier, *stages)
+@pytest.mark.slow
+def test_a_model_that_cannot_be_shown_is_not_published(api, hub_server, monkeypatch):
+    """The staged Space is really started, in a process of its own."""
+    repository = Repository(hub_server.root, "models", SHOWN)
+    repository.create(private=False)
+    repository.add_folder(MODEL)
+    replace_file(api, "model.safetensors", b"cut", repo=SHOWN)
+    with pytest.raises(UserError, match='The Space does not start: Error: The model "me/digits" c'):
+        deploy(monkeypatch)
+    assert not api.repo_exists(SPACE, repo_type="space")
+    deploy(monkeypatch, model=f"{SHOWN}@{api.list_repo_commits(SHOWN)[1].commit_id}")
+    assert api.repo_exists(SPACE, repo_type="space")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", ["RUNNING", "SLEEPING"])
+def test_the_build_is_waited_for_and_then_classifies_an_example(
+    api, shown, monkeypatch, capsys, space_url, last
+):
+    """The running Space is one of this machine, where the address of the Hub's would be."""
+
+    def repo_info(api, repo_id, repo_type=None, **kwargs):
+        info = ask(api, repo_id, repo_type=repo_type, **kwargs)
+        if repo_type == "space":
+            info.host = space_url
+        return info
+
+    ask = HfApi.repo_info
+    monkeypatch.setattr(HfApi, "repo_info", repo_info)
+    earlier = [{"stage": s, "sha": "0" * 40} for s in ("RUNNING", "BUILD_ERROR", "SLEEPING")]
+    stages = [{"stage": stage} for stage in ("BUILDING", "APP_STARTING", last)]
+    left = set_runtimes(monkeypatch, *earlier, *stages)
     deploy(monkeypatch)
-    assert re.search(r"http://\S+/spaces/me/look is running\.\n", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert re.search(rf"http://\S+/spaces/me/look is {last.lower()}\.\n", printed)
+    assert re.search(r"Answer:    cat\.png is [a-z]+ \(\d+\.\d %\)", printed)
     assert left == []
+
+
+def test_a_stage_without_a_commit_counts_after_a_while(api, shown, monkeypatch):
+    def get_space_runtime(api, repo_id, **kwargs):
+        asked.append(repo_id)
+        return SpaceRuntime({"hardware": {}, "stage": "PAUSED"})
+
+    asked = []
+    monkeypatch.setattr(space, "GRACE", 0.05)
+    monkeypatch.setattr(HfApi, "get_space_runtime", get_space_runtime)
+    deploy(monkeypatch)
+    assert len(asked) > 1
 
 
 def test_a_build_without_end_is_given_up(api, shown, monkeypatch):

@@ -1,0 +1,180 @@
+"""Train, evaluate and publish on a rented GPU, as a job of Hugging Face Jobs.
+
+The code goes to a private dataset repository as a git bundle of the last commit; the checkpoints
+lie in a private bucket, where the job's next start finds them.
+"""
+
+import re
+import shlex
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import HfApi, JobHardwareInfo, JobInfo, Volume, constants
+
+from pipeline import runs
+from pipeline.errors import UserError
+from pipeline.publish.connection import retry
+from pipeline.recipe import Recipe
+
+IMAGE = "python:3.12"  # Debian with git and make
+TIMEOUT = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+HOURS = {"s": 1 / 3600, "m": 1 / 60, "h": 1, "d": 24}
+BUNDLE = "code.bundle"
+# What the job runs. CODE and CHECKPOINTS are where the volumes are mounted.
+SCRIPT = """\
+git clone --quiet "$CODE/{bundle}" project && cd project && mkdir -p models
+ln -s "$CHECKPOINTS" models/checkpoints
+make train RECIPE={recipe} ARGS={train_args}
+make evaluate MODEL={model}
+make push MODEL={model} REPO={repo} ARGS={push_args}
+"""
+
+
+@dataclass
+class Job:
+    """What is asked of the Hub: see `HfApi.run_job`; `price` is in dollars an hour."""
+
+    command: list[str]
+    env: dict[str, str]
+    flavor: str
+    timeout: str
+    price: float
+    hours: float
+    commit: str
+    code_repo: str
+    bucket: str
+    volumes: list[Volume] = field(default_factory=list)
+
+
+def plan(
+    api: HfApi,
+    recipe: Recipe,
+    name: str,
+    overrides: list[str],
+    repo: str,
+    flavor: str,
+    timeout: str | None,
+    push_args: list[str],
+) -> Job:
+    """Plan a job; nothing is sent.
+
+    Args:
+        api: A client with a token, which the job gets as a secret.
+        recipe: Resolved, so that a mistake shows here and not in the job.
+        name: The recipe's, as `make train` takes it.
+        overrides: Arguments of `scripts/train_vit.py` after that.
+        repo: Where the model is published, `name/model`.
+        flavor: The machine, as `a10g-small`.
+        timeout: When the job is ended, as `2h`.
+        push_args: Arguments of `scripts/push_to_hub.py`.
+
+    Raises:
+        UserError: There is no such machine or no time limit, or the job could not see the code,
+            the dataset or the backbone.
+    """
+    match = TIMEOUT.fullmatch(timeout or "")
+    if not match:
+        raise UserError(
+            f'TIMEOUT is "{timeout or ""}": give a time limit, as TIMEOUT=2h (s, m, h or d). '
+            "Without one, the service ends a job after 30 minutes."
+        )
+    for kind, source in (("dataset", recipe.data.dataset), ("model", recipe.model.model)):
+        if source not in (None, "digits") and runs.is_local(source):
+            raise UserError(
+                f'The {kind} "{source}" is a folder on this machine, which a job can\'t see: '
+                "upload it to the Hub, and name it by its id."
+            )
+    if name.endswith((".yaml", ".yml")) and not _git("ls-files", name):
+        raise UserError(f"The recipe {name} is not in git: commit it, so that the job has it.")
+    if changed := _git("status", "--porcelain"):
+        print(f"The job runs the last commit, without {len(changed.splitlines())} changed files.")
+    machines = {machine.name: machine for machine in retry(api.list_jobs_hardware)}
+    if flavor not in machines:
+        raise UserError(f'There is no machine "{flavor}"; choose from {", ".join(machines)}.')
+    account, _, model = repo.partition("/")
+    arguments = shlex.join([f"--run={recipe.run}", *overrides])
+    script = SCRIPT.format(
+        bundle=BUNDLE,
+        recipe=shlex.quote(name),
+        train_args=shlex.quote(arguments),
+        model=shlex.quote(str(recipe.model_folder)),
+        repo=shlex.quote(repo),
+        push_args=shlex.quote(shlex.join(["--yes", *push_args])),
+    )
+    env = {"CODE": "/code", "CHECKPOINTS": "/checkpoints"}
+    if constants.ENDPOINT != "https://huggingface.co":
+        env["HF_ENDPOINT"] = constants.ENDPOINT
+    return Job(
+        command=["bash", "-euc", script],
+        env=env,
+        flavor=flavor,
+        timeout=timeout,
+        price=_hourly_price(machines[flavor]),
+        hours=float(match[1]) * HOURS[match[2]],
+        commit=_git("rev-parse", "HEAD"),
+        code_repo=f"{account}/{model}-code",
+        bucket=f"{account}/{model}-checkpoints",
+    )
+
+
+def submit(api: HfApi, job: Job) -> JobInfo:
+    """Upload the code, make the bucket, and start the job."""
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Path(folder, BUNDLE)
+        _git("bundle", "create", "--quiet", str(bundle), "HEAD")
+        retry(api.create_repo, job.code_repo, repo_type="dataset", private=True, exist_ok=True)
+        commit = retry(
+            api.upload_file,
+            path_or_fileobj=bundle,
+            path_in_repo=BUNDLE,
+            repo_id=job.code_repo,
+            repo_type="dataset",
+            commit_message=f"Code at {job.commit[:12]}",
+        )
+    retry(api.create_bucket, job.bucket, private=True, exist_ok=True)
+    volumes = [
+        Volume(
+            type="dataset", source=job.code_repo, mount_path=job.env["CODE"], revision=commit.oid
+        ),
+        Volume(type="bucket", source=job.bucket, mount_path=job.env["CHECKPOINTS"]),
+    ]
+    # Not repeated: a reply that was lost would start, and cost, a second job.
+    return api.run_job(
+        image=IMAGE,
+        command=job.command,
+        env=job.env,
+        secrets={"HF_TOKEN": api.token},
+        flavor=job.flavor,
+        timeout=job.timeout,
+        volumes=volumes,
+        namespace=job.bucket.partition("/")[0],
+    )
+
+
+def follow(api: HfApi, job: JobInfo) -> None:
+    """Print a job's log until it ends; UserError unless it ended well."""
+    for line in api.fetch_job_logs(job_id=job.id, namespace=job.owner.name, follow=True):
+        print(line)
+    status = api.inspect_job(job_id=job.id, namespace=job.owner.name).status
+    if status.stage != "COMPLETED":
+        raise UserError(
+            f"The job ended as {status.stage} ({status.message or 'without a message'}): "
+            f"{job.url}. The same command goes on from its last checkpoint."
+        )
+
+
+def _hourly_price(machine: JobHardwareInfo) -> float:
+    return machine.unit_cost_usd * {"minute": 60, "hour": 1, "second": 3600}[machine.unit_label]
+
+
+def _git(*args: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parents[2]), *args]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(
+            f"A job takes its code from git, and git {args[0]} failed: "
+            f"{getattr(error, 'stderr', '').strip() or error}"
+        ) from None

@@ -1,0 +1,181 @@
+"""Export a model to ONNX for transformers.js, and check that each copy answers as the model does.
+
+The files are named as transformers.js expects them (its `dtype` is fp32, fp16 or q8). int8 is
+dynamic quantization of the linear layers' weights, one scale for each output channel.
+"""
+
+import logging
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from pipeline import runs
+from pipeline.data.decoding import DecodedImages
+from pipeline.data.loading import load_split
+from pipeline.data.transforms import input_size, preprocess
+from pipeline.errors import UserError
+from pipeline.evaluation.metrics import wilson_interval
+from pipeline.recipe import DataArguments
+from pipeline.training.model import load_model
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+VARIANTS = {  # file: (dtype in transformers.js, precision)
+    "model.onnx": ("fp32", "float32"),
+    "model_fp16.onnx": ("fp16", "float16"),
+    "model_quantized.onnx": ("q8", "int8"),
+}
+REPORT = "onnx/onnx.json"
+PARITY_IMAGES = 200
+MAX_LOGIT_DIFFERENCE = 1e-4  # of the float32 copy
+MIN_SAME_CLASS = 0.99  # of the others
+TIMED_IMAGES = 20
+
+
+def export(name: str, data: DataArguments, max_images: int | None = None) -> dict:
+    """Export a model to `results/<run>/onnx`, in float32, float16 and int8.
+
+    Copies that do not answer as the model does are removed with a warning.
+
+    Args:
+        name: A local folder, or `id@revision` on the Hub.
+        data: The dataset, whose test split the copies are checked on.
+        max_images: Of the test split, for a quick look; the accuracy is of these only.
+
+    Returns:
+        The content of `onnx.json`: for each file its size, its agreement with the model in
+        PyTorch, its accuracy, and the milliseconds that one image takes here.
+
+    Raises:
+        UserError: A package is missing, the model can't be exported, or the float32 copy differs.
+    """
+    if missing := [package for package in PACKAGES if find_spec(package) is None]:
+        raise UserError(
+            f"make export needs the package {missing[0]}: run "
+            "`.venv/bin/pip install -r requirements-export.txt`."
+        )
+    model, processor = load_model(name)
+    labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    split = load_split(data, "test", processor, names=labels)
+    if max_images:
+        split = split.select(range(min(max_images, len(split))))
+    folder = runs.results_folder(name)
+    with tempfile.TemporaryDirectory() as made:
+        _write_variants(model, input_size(processor), Path(made))
+        images = DecodedImages(split)
+        truth = np.asarray(split["label"][:])
+        expected = _torch_logits(model, processor, images, min(PARITY_IMAGES, len(images)))
+        variants = {}
+        for file, (dtype, precision) in VARIANTS.items():
+            report = _check(Path(made) / file, processor, images, truth, expected)
+            if reason := _disagreement(precision, report):
+                if precision == "float32":
+                    raise UserError(f"The ONNX copy of {name} {reason}: it can't be published.")
+                print(f"Left out the {precision} copy, which {reason}.")
+                continue
+            variants[file] = {"dtype": dtype, "precision": precision} | report
+            (folder / "onnx").mkdir(parents=True, exist_ok=True)
+            shutil.move(Path(made) / file, folder / "onnx" / file)
+    hashes = runs.model_hashes(name)
+    report = {
+        "weights": hashes["model.safetensors"],
+        "images": len(images),
+        "parity_images": len(expected),
+        "variants": variants,
+        "hardware": runs.hardware(),
+        "versions": {package: runs.version(package) for package in PACKAGES},
+    }
+    runs.write_json(folder / REPORT, report)
+    made_files = {f"onnx/{file}": None for file in variants} | {REPORT: None}
+    runs.record_files(folder, made_files, hashes["model.safetensors"], replace="onnx")
+    return report
+
+
+def _write_variants(model: PreTrainedModel, size: int, folder: Path) -> None:
+    # These packages take a second or more to import, and are optional.
+    import onnx
+    import onnx_ir
+    from onnxruntime.quantization import quantize_dynamic
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
+    full = folder / "model.onnx"
+    sample = {"pixel_values": torch.zeros(2, 3, size, size)}
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # of operators that no image classifier has
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = OnnxExporter().export(model, sample, OnnxConfig(dynamic=True))
+            onnx_ir.save(exported.program, full)  # the weights in the same file
+            half = convert_float_to_float16(onnx.load(full), keep_io_types=True)
+            onnx.save(half, folder / "model_fp16.onnx")
+            linear = ["MatMul", "Gemm"]
+            quantize_dynamic(
+                full, folder / "model_quantized.onnx", op_types_to_quantize=linear, per_channel=True
+            )
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{type(model).__name__} can't be exported to ONNX: {reason[0]}") from None
+    finally:
+        logging.disable(level)
+
+
+def _torch_logits(model: PreTrainedModel, processor, images: DecodedImages, count: int):
+    """Logits float32 (count, C) of the first images, by PyTorch."""
+    with torch.inference_mode():
+        pixels = preprocess(images.batch(range(count))["pixel_values"], processor)
+        return torch.cat([model(part).logits for part in pixels.split(50)]).numpy()
+
+
+def _check(
+    file: Path, processor, images: DecodedImages, truth: np.ndarray, expected: np.ndarray
+) -> dict:
+    """Measure one file; `truth` is (N,) and `expected` (P, C), of the first P images."""
+    from onnxruntime import InferenceSession
+
+    session = InferenceSession(file, providers=["CPUExecutionProvider"])
+
+    def run(rows: range) -> np.ndarray:
+        pixels = preprocess(images.batch(rows)["pixel_values"], processor)
+        return session.run(["logits"], {"pixel_values": pixels.numpy()})[0]
+
+    # One image at a time where it is compared: int8 scales its activations by the whole batch.
+    single = np.concatenate([run(range(row, row + 1)) for row in range(len(expected))])
+    starts = tqdm(range(0, len(images), 50), f"Checking {file.name}")
+    logits = [run(range(row, min(row + 50, len(images)))) for row in starts]
+    correct = int((np.concatenate(logits).argmax(axis=1) == truth).sum())
+    return {
+        "sha256": runs.sha256(file),
+        "bytes": file.stat().st_size,
+        "max_logit_difference": float(np.abs(single - expected).max()),
+        "same_class": float((single.argmax(axis=1) == expected.argmax(axis=1)).mean()),
+        "accuracy": correct / len(images),
+        "accuracy_interval": wilson_interval(correct, len(images)),
+        "ms_per_image": _median_ms(lambda: run(range(1))),
+    }
+
+
+def _disagreement(precision: str, report: dict) -> str | None:
+    if precision == "float32" and not report["max_logit_difference"] <= MAX_LOGIT_DIFFERENCE:
+        return f"differs from PyTorch by {report['max_logit_difference']:.1e} in its logits"
+    if not report["same_class"] >= MIN_SAME_CLASS:
+        return f"gives the same class for {report['same_class']:.1%} of the images only"
+    return None
+
+
+def _median_ms(run: Callable[[], object]) -> float:
+    times = []
+    for _ in range(TIMED_IMAGES):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return round(1000 * float(np.median(times)), 1)
