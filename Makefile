@@ -10,6 +10,8 @@ LAUNCHER ?= ddp#         for several processes: ddp, fsdp2 or deepspeed
 NNODES ?= 1#             hosts; start the same command on each
 FLAVOR ?=#               for a job: its machine
 TIMEOUT ?=#              for a job: its time limit
+RUNS ?=#                 two runs to compare
+N ?= 3#                  seeds to average
 MAIN ?=#                 for several hosts: host:port of the first one
 ARGS ?=#                 options of the script, as in ARGS="--learning_rate=2e-4 --seed=1"
 
@@ -22,6 +24,7 @@ PROCESSES = $(PY) -m accelerate.commands.launch --config_file pipeline/launchers
 HOSTS = TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 $(PY) -m torch.distributed.run --nnodes $(NNODES) \
 	--nproc-per-node $(NPROC) --rdzv-backend=c10d --rdzv-endpoint=$(MAIN) --max-restarts=3 --
 LAUNCH = $(if $(filter-out 1,$(NNODES)),$(HOSTS),$(if $(filter-out 1,$(NPROC)),$(PROCESSES),$(PY)))
+SEEDS = $(patsubst %,$(basename $(notdir $(RECIPE)))-seed%,$(shell seq $(N)))
 LOCAL_HUB = $(PY) -m local_hub --root results/demo/hub --run $(PY)
 
 # Without an NVIDIA GPU, torch's CPU build where it can be reached: 0.2 GB in place of 2.7 GB.
@@ -45,7 +48,11 @@ setup: .venv/.runs ## make .venv from requirements.txt | make setup PYTHON=pytho
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-export.txt
 	@touch $@
 
-.venv/.tests: requirements-dev.txt requirements-export.txt .venv/.runs
+.venv/.audit: requirements-audit.txt .venv/.runs
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-audit.txt
+	@touch $@
+
+.venv/.tests: requirements-dev.txt requirements-export.txt requirements-audit.txt .venv/.runs
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
@@ -54,6 +61,18 @@ train: setup ## fine-tune by RECIPE; run again to resume | make train RECIPE=cpu
 
 evaluate: setup ## evaluate MODEL on the test split | make evaluate MODEL=models/cpu
 	$(LAUNCH) scripts/evaluate_vit.py $(SELECT)
+
+audit: setup .venv/.audit ## look for duplicates, label errors and odd images | make audit DATASET=photos MODEL=models/cpu
+	$(PY) scripts/audit.py $(SELECT)
+
+compare: setup ## test whether two evaluated RUNS differ | make compare RUNS="first second"
+	$(PY) scripts/compare.py $(RUNS)
+
+seeds: setup ## train and evaluate N seeds of RECIPE, and average them | make seeds N=3 RECIPE=cpu
+	set -e; for run in $(SEEDS); do \
+		$(LAUNCH) scripts/train_vit.py --recipe "$(RECIPE)" $(SELECT) --seed=$${run##*-seed} --run=$$run; \
+		$(LAUNCH) scripts/evaluate_vit.py --model models/$$run; done
+	$(PY) scripts/compare.py --seeds $(SEEDS)
 
 visualize: setup ## draw MODEL's attention, and measure how faithful it is | make visualize ARGS="--images cat.jpg"
 	$(PY) scripts/visualize_attention.py $(SELECT)
@@ -108,4 +127,4 @@ lint: .venv/.tests ## check the code's form and who imports whom | make lint
 clean: ## remove .venv and caches; models and results stay | make clean
 	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache *.egg-info
 
-.PHONY: help setup train evaluate visualize predict export push verify app space job hub bench demo test test-all lint clean
+.PHONY: help setup train evaluate audit compare seeds visualize predict export push verify app space job hub bench demo test test-all lint clean

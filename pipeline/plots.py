@@ -30,6 +30,23 @@ plt.rcParams |= {
 }
 
 
+def evaluation_figures(results: dict, log: list[dict], folder: Path) -> list[str]:
+    """Draw what the results of an evaluation and the log of a training have; return the files."""
+    matrix, calibration = results["confusion_matrix"], results["calibration"]
+    confusion_matrix(matrix, results["labels"], folder / "confusion_matrix.png")
+    files = ["confusion_matrix.png"]
+    if training_curves(log, folder / "training_curves.png"):
+        files.append("training_curves.png")
+    if calibration:
+        bins = {key: calibration[key]["bins"] for key in ("before", "after")}
+        reliability_diagram(bins, folder / "reliability.png")
+        files.append("reliability.png")
+    if results["robustness"]:
+        corruption_heatmap(results["robustness"]["accuracy"], folder / "robustness.png")
+        files.append("robustness.png")
+    return files
+
+
 def training_curves(log: list[dict], path: Path) -> bool:
     """Draw the loss of training and validation, and the validation accuracy, over epochs.
 

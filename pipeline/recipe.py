@@ -115,6 +115,9 @@ class ObjectiveArguments:
     early_stopping_patience: int | None = HfArg(
         default=None, help="validations without improvement after which training ends"
     )
+    calibrate: bool = HfArg(
+        default=False, help="fold a temperature into the last layer, fitted on validation"
+    )
 
     def __post_init__(self):
         self.class_weights = _parse(self.class_weights)

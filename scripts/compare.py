@@ -51,7 +51,7 @@ def main() -> None:
         f"Accuracy {found[0]['accuracy']:.2%} and {found[1]['accuracy']:.2%}: difference "
         f"{report['difference']:+.2%} (95 % interval {low:+.2%} to {high:+.2%}).\n"
         f"Only the first is right on {report['only_first']} images, only the second on "
-        f"{report['only_second']}: the runs {verdict} (McNemar's test, p = {report['p_value']:.2g})."
+        f"{report['only_second']}: the runs {verdict} (McNemar, p = {report['p_value']:.2g})."
     )
     for name, entry in report["by_class"].items():
         print(f"  {name:12} -{entry['only_first']} +{entry['only_second']}")

@@ -26,7 +26,6 @@ def main() -> None:
         raise UserError("No model was pushed from here: name one with MODEL=.")
     name, revision = runs.split_revision(args.model or pushed[1]["repo"])
     model = hub.Repository(api, name).request(api.repo_info, revision=revision)
-    shown = f"{model.id} @ {model.sha[:12]}"
     repository = hub.Repository(api, args.repo or model.id, "space")
     account, parent_commit, is_private = repository.check_access(args.private)
     page = f"{api.endpoint}/spaces/{repository.name}"
@@ -37,7 +36,7 @@ def main() -> None:
         state = "existing" if parent_commit else "new"
         print(f"Account:   {account} at {api.endpoint}")
         print(f"Space:     {page} ({state}, {'private' if is_private else 'public'})")
-        print(f"Model:     {shown}\n{plan.describe(staged)}")
+        print(f"Model:     {model.id} @ {model.sha[:12]}\n{plan.describe(staged)}")
         if args.dry_run:
             return print("Nothing was sent.")
         if not args.repo:
@@ -46,7 +45,7 @@ def main() -> None:
         space.try_here(Path(folder), api)
         commit = plan.parent_commit = parent_commit or repository.create(args.private, "gradio")
         if plan:
-            commit = repository.commit(staged, plan, f"Show {shown}")
+            commit = repository.commit(staged, plan, f"Show {model.id} @ {model.sha[:12]}")
     print(f"Published: {page}/commit/{commit}" if plan else "No file has changed.")
     if not is_private and (pushed := provenance.last_push(api.endpoint, model.id)):
         runs.write_json(pushed[0], pushed[1] | {"space": repository.name})  # the next card links it

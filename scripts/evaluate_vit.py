@@ -12,6 +12,8 @@ def main() -> None:
     parser.add_argument("--dataset", help="default: the one it was trained on")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--bf16", action="store_true", help="faster and rounded: a quick look")
+    parser.add_argument("--corruptions", type=int, default=0, help="images to corrupt in 45 ways")
+    parser.add_argument("--ood_datasets", nargs="+", default=[], help="folders or Hub ids")
     args = parser.parse_args()
 
     # After the arguments: these take seconds to import.
@@ -23,7 +25,10 @@ def main() -> None:
 
     model = args.model or runs.last_run()
     data = data_arguments(model, args.dataset)
-    results = evaluate(model, data, batch_size=args.batch_size, bf16=args.bf16)
+    results = evaluate(
+        model, data, batch_size=args.batch_size, bf16=args.bf16,
+        corruptions=args.corruptions, ood_datasets=tuple(args.ood_datasets),
+    )  # fmt: skip
     if not PartialState().is_main_process:
         return
     training = runs.read_json(Path(model).expanduser() / "training.json")
@@ -35,13 +40,9 @@ def main() -> None:
     folder = runs.results_folder(model)
     save(results, folder)
     print(as_text(results))
-    figures = {"confusion_matrix.png": None}
-    plots.confusion_matrix(
-        results["confusion_matrix"], results["labels"], folder / "confusion_matrix.png"
-    )
-    if plots.training_curves(log, folder / "training_curves.png"):
-        figures["training_curves.png"] = None
-    runs.record_files(folder, figures, results["model"]["sha256"]["model.safetensors"])
+    files = plots.evaluation_figures(results, log, folder)
+    weights = results["model"]["sha256"]["model.safetensors"]
+    runs.record_files(folder, dict.fromkeys(files), weights)
     print("\n".join(f"Saved: {path}" for path in sorted(folder.glob("*.*"))))
 
 

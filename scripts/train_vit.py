@@ -21,12 +21,15 @@ def main() -> None:
     # After the arguments: these take seconds to import.
     from transformers.utils.logging import disable_progress_bar
 
+    from pipeline.evaluation.calibration import calibrate_run
     from pipeline.recipe import load_recipe
     from pipeline.training.train import train
 
     disable_progress_bar()  # of reading and writing weights; that of training stays
     recipe = load_recipe(args.recipe, overrides, args.run)
     summary = train(recipe, restart=args.restart)
+    if recipe.objective.calibrate:
+        calibrate_run(recipe)
     if recipe.training.process_index == 0:
         report(summary)
 

@@ -51,7 +51,7 @@ class Classifier:
         known = [path for path in EXAMPLES if path.stem in self.labels]
         self.examples = sorted(folder.glob("examples/*.jpg")) + known
         self.exact = model.to(loading.DEVICE)  # in float32; gradients need it
-        images = [Image.open(path).convert("RGB") for path in EXAMPLES]
+        images = [Image.open(path).convert("RGB") for path in EXAMPLES[::3]]  # each takes 0.5 s
         pixels = self.processor(images, return_tensors="pt")["pixel_values"]
         self.model, self.precision = loading.choose_precision(self.exact, pixels.split(1))
         self.compute = loading.GPU(self.compute) if loading.GPU else self.compute
@@ -121,15 +121,14 @@ class Classifier:
         """Return whether a picture is out of distribution; False if that can't be told well."""
         with suppress(LookupError, TypeError, ValueError, AttributeError, RuntimeError):
             ood, logits = self.results["ood"], prediction.maps.logits[0].float()
-            if statistics.fmean(ood["auroc"].values()) < MIN_AUROC:
-                return False
             scores = {"energy": logits.logsumexp(dim=0), "msp": logits.softmax(dim=0).max()}
             if ood["score"] == "mahalanobis":
                 mean, precision = map(torch.tensor, ood["gaussian"])
                 chosen = torch.linspace(0, len(prediction.features) - 1, len(mean)).round().long()
                 distance = prediction.features[chosen] - mean
                 scores["mahalanobis"] = -(distance @ precision @ distance)
-            return bool(scores[ood["score"]] < ood["threshold"])
+            is_measured = statistics.fmean(ood["auroc"].values()) >= MIN_AUROC
+            return is_measured and bool(scores[ood["score"]] < ood["threshold"])
         return False
 
     def best_method(self) -> str:

@@ -14,7 +14,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import datasets
 import pytest
 import torch
 from transformers import (
@@ -30,7 +29,6 @@ from samples import ROOT, SMALL_VIT, draw_image
 from space_fixtures import app, cifar_folder, model_folder, space_url  # noqa: F401
 
 SHARED = ROOT.parent / "shared"
-datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # seconds at the end of a stream, not 5
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Read a local folder as its splits: image files with their classes, or data files.
+"""Read a folder of images: which split and which class each file belongs to.
 
 `datasets` finds split words in lower case only and anywhere in a name, merges nested class folders,
 and drops links and file types that it doesn't know. So the files are listed here: each image is
@@ -6,23 +6,22 @@ used, or an error names it.
 """
 
 import glob
+import io
 import os
 from collections import defaultdict
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
 import datasets
-import fsspec
-import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, Features, Value
+import pandas as pd
+from datasets import Dataset, Features, Value
 from datasets.fingerprint import Hasher
-from huggingface_hub import HfFileSystem
 from PIL import Image
 
-from pipeline.data.splits import SPLIT_WORDS
-from pipeline.data.tables import TABLES, ImageFile, read_rows, split_word
+from pipeline.data.labels import class_name
+from pipeline.data.splits import SPLIT_WORDS, split_word
 from pipeline.errors import UserError, shorten
-from pipeline.recipe import DataArguments
 
 Image.init()
 READABLE = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
@@ -31,48 +30,56 @@ UNREADABLE = {".heic", ".heif", ".hif", ".jxl", ".svg", ".eps", ".dng", ".cr2", 
 UNREADABLE -= READABLE  # a plugin of Pillow may read them
 IMAGES = READABLE | UNREADABLE
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # known without their extension
-DATA_FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
-ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst")
-NOT_IMAGES = {*TABLES, *DATA_FILES, *ARCHIVES, ".txt", ".xml", ".json", ".md", ".npy", ".yaml"}
+TABLES = {".csv", ".tsv", ".jsonl", ".parquet"}
+ARCHIVES = {".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst", ".tar"}
+OTHERS = {".arrow", ".txt", ".xml", ".json", ".md", ".npy", ".yaml", *TABLES, *ARCHIVES}
 
 
-def load_folder(root: Path, data: DataArguments) -> dict[str, Dataset]:
-    """Load a folder's splits, undecoded: images with text columns, or the columns of data files.
+@dataclass
+class _ImageFile:
+    """An image with what is known of it."""
+
+    path: Path  # below the folder
+    split: str | None
+    folder: str | None  # the class folder
+    row: dict[str, str | None] | None = None  # of a table
+
+
+def load_images(
+    root: Path, paths: list[Path], tables: list[Path], label_column: str | None
+) -> dict[str, Dataset]:
+    """Load a folder of images, undecoded: "train", "validation" and "test", or some of them.
 
     Args:
-        root: A folder of images: split folders, class folders and tables (CSV, JSON Lines) that
-            name the files, each of them optional; or a folder of parquet, arrow or tar files.
-        data: For `label_column` and `streaming`.
+        root: The folder. It may have split folders and class folders.
+        paths: The images, relative to it.
+        tables: Those of its files that may name images, and say more of each.
+        label_column: A column of the tables, or "label" for the class folders.
 
     Raises:
         UserError: A file or folder is left over, or it is not clear what it means.
     """
-    files = list_files(root)
-    paths = [path for path in files if is_image(root, path)]
-    packed = {*ARCHIVES, ".tar"} if paths else ARCHIVES
-    if archives := [path for path in files if path.suffix.lower() in packed]:
-        raise UserError(f'"{root}" holds archives ({shorten(archives)}): unpack and remove them.')
-    if paths:
-        images = _sort_into_splits(root, paths)
-        _label(root, images, files, data.label_column)
-        return _as_datasets(root, images)
-    splits, kinds = defaultdict(list), set()
-    for path in files:
-        if path.suffix.lower() in DATA_FILES:
-            splits[split_word(path)].append(str(root / path))
-            kinds.add(DATA_FILES[path.suffix.lower()])
-    if len(kinds) != 1:
-        raise UserError(
-            f'"{root}" holds {"files of several kinds" if kinds else "no images"}: give it images, '
-            "or files of one kind (parquet, arrow or tar)."
+    images = _sort_into_splits(root, paths)
+    _label(root, images, [root / path for path in tables], label_column)
+    splits, seen = defaultdict(list), {}
+    columns = dict.fromkeys(name for image in images for name in image.row or {})
+    for image in images:
+        first = seen.setdefault((root / image.path).resolve(), image)
+        if (first.split, first.row) != (image.split, image.row):
+            raise UserError(
+                f'In "{root}", {first.path} and {image.path} are one file, in two splits or of two '
+                "classes: remove one."
+            )
+        row = columns | (image.row or {}) | {"image": str(root / image.path)}
+        splits[image.split or "train"].append(row)
+    features = Features(dict.fromkeys(columns, Value("string")) | {"image": datasets.Image()})
+    for split, rows in splits.items():  # in the cache by their content
+        stats = [os.stat(row["image"]) for row in rows]
+        content = repr((rows, [(stat.st_size, stat.st_mtime_ns) for stat in stats]))
+        splits[split] = Dataset.from_generator(
+            rows.__iter__, features, split=split, fingerprint=Hasher.hash(content)
         )
-    if None in splits and len(splits) > 1:
-        raise UserError(
-            f"The names of {shorten(splits[None])} do not say to which split they belong: put "
-            "train-, validation- or test- in front."
-        )
-    splits = {split or "train": paths for split, paths in splits.items()}
-    return load_files(kinds.pop(), splits, data.streaming)
+    return dict(splits)
 
 
 def list_files(root: Path) -> list[Path]:
@@ -96,7 +103,7 @@ def list_files(root: Path) -> list[Path]:
 def is_image(root: Path, path: Path) -> bool:
     """Whether Pillow reads a file, by its extension or, if that says nothing, by its content."""
     suffix = path.suffix.lower()
-    if suffix in READABLE or suffix in NOT_IMAGES:
+    if suffix in READABLE or suffix in OTHERS:
         return suffix in READABLE
     try:
         with Image.open(root / path, formats=FORMATS):
@@ -105,57 +112,7 @@ def is_image(root: Path, path: Path) -> bool:
         return False
 
 
-def load_files(kind: str, files: dict[str, list[str]], streaming: bool) -> dict[str, Dataset]:
-    """Load data files of one kind, each split by itself, whose classes have numbers of its own."""
-    splits = {}
-    for split, paths in files.items():
-        is_local = "://" not in paths[0]  # elsewhere, each footer takes a request
-        if kind == "parquet" and is_local and numbers_differ(paths):
-            raise UserError(
-                f'Files of the split "{split}" number their classes differently: {shorten(paths)}. '
-                "Write them with one ClassLabel."
-            )
-        files = {split: [glob.escape(path) for path in paths]}
-        splits[split] = datasets.load_dataset(
-            kind, data_files=files, split=split, streaming=streaming
-        )
-    return splits
-
-
-def check_all_used(name: str, files: dict[str, list[str]]) -> None:
-    """UserError for images that `datasets` leaves out beside those that it lists for the splits."""
-
-    def place(path: str) -> tuple:  # that of the class folder; a figure of the README is elsewhere
-        return Path(path).parts[:-2], len(Path(path).parts)
-
-    used = {path for paths in files.values() for path in paths}
-    places = {place(path) for path in used if Path(path).suffix.lower() in READABLE}
-    if not places:
-        return
-    if Path(name).is_dir():
-        listed = [f"{name}/{path}" for path in list_files(Path(name)) if is_image(Path(name), path)]
-    else:  # the URL of each file begins with hf://datasets/OWNER/NAME@COMMIT
-        listed = HfFileSystem().find("/".join(min(used).split("/")[:5]))
-        listed = [f"hf://{path}" for path in listed if Path(path).suffix.lower() in IMAGES]
-    unused = [path for path in listed if path not in used and place(path) in places]
-    if unused:
-        raise UserError(
-            f'"{name}" has {len(unused)} images that `datasets` does not load: {shorten(unused)}. '
-            "Correct data_files in its README.md, or load its files from a folder without it."
-        )
-
-
-def numbers_differ(paths: list[str]) -> bool:
-    """Whether parquet files number their classes in several ways, as their footers have it."""
-    seen = []
-    for path in paths:
-        with fsspec.open(path, "rb") as file:
-            kinds = Features.from_arrow_schema(pq.read_schema(file)).items()
-        seen.append({name: kind.names for name, kind in kinds if isinstance(kind, ClassLabel)})
-    return any(names != seen[0] for names in seen)
-
-
-def _sort_into_splits(root: Path, paths: list[Path]) -> list[ImageFile]:
+def _sort_into_splits(root: Path, paths: list[Path]) -> list[_ImageFile]:
     """Tell split folders and class folders by the places of the images."""
     depth = max(0, min(len(path.parts) for path in paths) - 2)
     around = Path(os.path.commonpath(paths)).parts[:depth]  # folders that hold everything
@@ -174,18 +131,17 @@ def _sort_into_splits(root: Path, paths: list[Path]) -> list[ImageFile]:
     if len(set(splits.values())) < len(splits):
         raise UserError(f'"{root}" has two folders of one split: {", ".join(splits)}. Join them.')
     return [
-        ImageFile(path, splits.get(parts[0]), "/".join(parts[bool(splits) : -1]) or None)
+        _ImageFile(path, splits.get(parts[0]), "/".join(parts[bool(splits) : -1]) or None)
         for path, parts in below.items()
     ]
 
 
-def _label(root: Path, images: list[ImageFile], files: list[Path], column: str | None) -> None:
+def _label(root: Path, images: list[_ImageFile], tables: list[Path], column: str | None) -> None:
     """Label images by the tables that name them, or by their class folders."""
-    tables = [root / path for path in files if path.suffix.lower() in TABLES]
-    used = [path for path in tables if read_rows(root, images, path)]
+    used = [path for path in tables if _read_rows(root, images, path)]
     if not used and not any(image.folder for image in images):
         beside = sorted(path for path in root.parent.iterdir() if path.suffix.lower() in TABLES)
-        used = [path for path in beside if read_rows(root, images, path)]
+        used = [path for path in beside if _read_rows(root, images, path)]
     listed = [image for image in images if image.row is not None]
     if used:
         _check_rest(root, images, listed, "a row in a table")
@@ -208,7 +164,7 @@ def _label(root: Path, images: list[ImageFile], files: list[Path], column: str |
         )
 
 
-def _check_rest(root: Path, images: list[ImageFile], known: list[ImageFile], source: str) -> None:
+def _check_rest(root: Path, images: list[_ImageFile], known: list[_ImageFile], source: str) -> None:
     """UserError unless all images of a split are known, or none of a split other than train."""
     places = {image.path for image in known}
     for split in {image.split for image in images}:
@@ -222,24 +178,62 @@ def _check_rest(root: Path, images: list[ImageFile], known: list[ImageFile], sou
             )
 
 
-def _as_datasets(root: Path, images: list[ImageFile]) -> dict[str, Dataset]:
-    """One dataset of paths and text columns per split, in the cache under their fingerprint."""
-    splits, files = defaultdict(list), {}
-    columns = dict.fromkeys(name for image in images for name in image.row or {})
+def _read_rows(root: Path, images: list[_ImageFile], path: Path) -> bool:
+    """Give images their rows of a table; False if the table does not name images."""
+    table = _read_table(path)
+    index = defaultdict(dict)  # images by each name that a table may give them
     for image in images:
-        first = files.setdefault((root / image.path).resolve(), image)
-        if (first.split, first.row) != (image.split, image.row):
-            raise UserError(
-                f'In "{root}", {first.path} and {image.path} are one file, in two splits or of two '
-                "classes: remove one."
-            )
-        row = columns | (image.row or {}) | {"image": str(root / image.path)}
-        splits[image.split or "train"].append(row)
-    features = Features(dict.fromkeys(columns, Value("string")) | {"image": datasets.Image()})
-    for split, rows in splits.items():
-        stats = [os.stat(row["image"]) for row in rows]
-        content = repr((rows, [(stat.st_size, stat.st_mtime_ns) for stat in stats]))
-        splits[split] = Dataset.from_generator(
-            rows.__iter__, features, split=split, fingerprint=Hasher.hash(content)
+        inside = Path(*image.path.parts[bool(image.split) :])
+        for name in (root / image.path, image.path, inside, inside.name, inside.stem):
+            index[str(name)][image.path] = image
+
+    def find(name: str | None) -> list[_ImageFile]:
+        name = (name or "").replace("\\", "/")
+        found = index.get(os.path.normpath(path.parent / name)) or index.get(os.path.normpath(name))
+        return list((found or {}).values())
+
+    hits = {column: sum(bool(find(name)) for name in table[column]) for column in table.columns}
+    file_column = "file_name" if "file_name" in hits else max(hits, key=hits.get, default=None)
+    if not hits or not hits[file_column] or 2 * hits[file_column] < len(table):
+        return False
+    split_column = next((column for column in hits if column.lower() == "split"), None)
+    is_inside = path.is_relative_to(root) and split_column is None
+    split_of_all = split_word(path.relative_to(root)) if is_inside else None
+    missing = []
+    for row in table.to_dict("records"):
+        name, word = row.pop(file_column), row.pop(split_column, None)
+        split = SPLIT_WORDS.get(word.lower()) if word else split_of_all
+        if word and split is None:
+            raise UserError(f'{path} has the split "{word}": write train, validation or test.')
+        found = [image for image in find(name) if not split or image.split in (None, split)]
+        if len(found) > 1:
+            places = shorten([image.path for image in found])
+            raise UserError(f'"{name}" in {path} may be any of {places}: write the whole path.')
+        if found and found[0].row not in (None, row):
+            raise UserError(f'"{name}" has a second, different row in {path}: remove one.')
+        if found:
+            found[0].row, found[0].split = row, split or found[0].split
+        else:
+            missing.append(name)
+    if missing:
+        raise UserError(
+            f"{path} names {len(missing)} images that are not in this split or folder: "
+            f"{shorten(missing)}. Remove the rows, or add the images."
         )
-    return dict(splits)
+    return True
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    """A table as text, so that 007 and NA stay what they are; None where a value is missing."""
+    try:
+        if path.suffix.lower() == ".parquet":
+            table = pd.read_parquet(path)
+        elif path.suffix.lower() == ".jsonl":
+            table = pd.read_json(path, lines=True, dtype=False, convert_dates=False)
+        else:
+            text = path.read_text("utf-8-sig")
+            separator = max(",;\t", key=text.partition("\n")[0].count)
+            table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False)
+    except (ValueError, OSError) as error:
+        raise UserError(f"Cannot read {path}: {' '.join(str(error).split())}") from None
+    return table.astype(object).map(class_name)

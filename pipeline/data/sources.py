@@ -1,23 +1,28 @@
 """Open a dataset as it is published: a Hub repository, a local folder, or scikit-learn's digits."""
 
+import glob
 import os
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
 import datasets
+import fsspec
 import numpy as np
+import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset
-from huggingface_hub import metadata_load
+from huggingface_hub import HfFileSystem, metadata_load
 from PIL import Image
 
-from pipeline.data.folders import check_all_used, load_files, load_folder, numbers_differ
+from pipeline.data.folders import ARCHIVES, IMAGES, TABLES, is_image, list_files, load_images
 from pipeline.data.labels import class_names, find_columns
-from pipeline.data.splits import SPLIT_SEED, assign_roles
+from pipeline.data.splits import SPLIT_SEED, assign_roles, split_word
 from pipeline.errors import UserError, shorten
 from pipeline.recipe import DataArguments
 from pipeline.runs import hub_commit, is_local
 
+DATA_FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 STREAM_SHARDS = 256  # of a folder of image files
 
 
@@ -43,7 +48,7 @@ def load_source(data: DataArguments | Source, names: list[str] | None = None) ->
     if data.dataset == "digits":
         published = {"train": digits()}
     elif is_local(data.dataset):
-        published = _load_local(Path(os.path.abspath(os.path.expanduser(data.dataset))), data)
+        published = _load_folder(Path(os.path.abspath(os.path.expanduser(data.dataset))), data)
     else:
         hub_commit("dataset", data.dataset, data.dataset_revision)
         published = _load_published(data.dataset, data)
@@ -71,8 +76,8 @@ def digits() -> Dataset:
     return Dataset.from_dict({"image": images, "label": source.target.tolist()}, features=features)
 
 
-def _load_local(root: Path, data: DataArguments) -> dict:
-    """A folder, by its README if that says how, otherwise by its files."""
+def _load_folder(root: Path, data: DataArguments) -> dict:
+    """The splits of a folder, by its README if that says how, otherwise by its files."""
     readme = root / "README.md"
     settings = (metadata_load(readme) or {}) if readme.is_file() else {}
     if {"configs", "dataset_info"} & settings.keys():
@@ -82,7 +87,30 @@ def _load_local(root: Path, data: DataArguments) -> dict:
     if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(str(root))
         return saved if isinstance(saved, DatasetDict) else {"train": saved}
-    return load_folder(root, data)
+    files, splits, kinds = list_files(root), defaultdict(list), set()
+    images = [path for path in files if is_image(root, path)]
+    packed = ARCHIVES if images else ARCHIVES - DATA_FILES.keys()
+    if archives := [path for path in files if path.suffix.lower() in packed]:
+        raise UserError(f'"{root}" holds archives ({shorten(archives)}): unpack and remove them.')
+    if images:
+        tables = [path for path in files if path.suffix.lower() in TABLES]
+        return load_images(root, images, tables, data.label_column)
+    for path in files:
+        if kind := DATA_FILES.get(path.suffix.lower()):
+            splits[split_word(path)].append(str(root / path))
+            kinds.add(kind)
+    if len(kinds) != 1:
+        raise UserError(
+            f'"{root}" holds {"files of several kinds" if kinds else "no images"}: give it images, '
+            "or files of one kind (parquet, arrow or tar)."
+        )
+    if None in splits and len(splits) > 1:
+        raise UserError(
+            f"The names of {shorten(splits[None])} do not say to which split they belong: put "
+            "train-, validation- or test- in front."
+        )
+    splits = {split or "train": paths for split, paths in splits.items()}
+    return _load_files(kinds.pop(), splits, data.streaming)
 
 
 def _load_published(name: str, data: DataArguments) -> dict:
@@ -96,10 +124,10 @@ def _load_published(name: str, data: DataArguments) -> dict:
             if both := sorted(set(paths) & set(more)):
                 raise UserError(f"{shorten(both)} is in two splits, {one} and {other}.")
         if data.dataset_config is None:
-            check_all_used(name, files)
+            _check_all_used(name, files)
         first = [paths[0] for paths in files.values() if paths[0].endswith(".parquet")]
-        if len(first) > 1 and numbers_differ(first):  # which `datasets` does not see
-            return load_files("parquet", files, data.streaming)
+        if len(first) > 1 and _numbers_differ(first):  # which `datasets` does not see
+            return _load_files("parquet", files, data.streaming)
         if data.streaming:
             return builder.as_streaming_dataset()
         builder.download_and_prepare()
@@ -107,6 +135,56 @@ def _load_published(name: str, data: DataArguments) -> dict:
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         reason = next(iter(str(error).strip().splitlines()), repr(error))
         raise UserError(f'Cannot load the dataset "{data.dataset}": {reason}') from None
+
+
+def _load_files(kind: str, files: dict[str, list[str]], streaming: bool) -> dict:
+    """Load data files of one kind, each split by itself, whose classes have numbers of its own."""
+    splits = {}
+    for split, paths in files.items():
+        is_local = "://" not in paths[0]  # elsewhere, each footer takes a request
+        if kind == "parquet" and is_local and _numbers_differ(paths):
+            raise UserError(
+                f'Files of the split "{split}" number their classes differently: {shorten(paths)}. '
+                "Write them with one ClassLabel."
+            )
+        files = {split: [glob.escape(path) for path in paths]}
+        splits[split] = datasets.load_dataset(
+            kind, data_files=files, split=split, streaming=streaming
+        )
+    return splits
+
+
+def _numbers_differ(paths: list[str]) -> bool:
+    """Whether parquet files number their classes in several ways, as their footers have it."""
+    seen = []
+    for path in paths:
+        with fsspec.open(path, "rb") as file:
+            kinds = Features.from_arrow_schema(pq.read_schema(file)).items()
+        seen.append({name: kind.names for name, kind in kinds if isinstance(kind, ClassLabel)})
+    return any(names != seen[0] for names in seen)
+
+
+def _check_all_used(name: str, files: dict[str, list[str]]) -> None:
+    """UserError for images that `datasets` leaves out beside those that it lists for the splits."""
+
+    def place(path: str) -> tuple:  # that of the class folder; a figure of the README is elsewhere
+        return Path(path).parts[:-2], len(Path(path).parts)
+
+    used = {path for paths in files.values() for path in paths}
+    places = {place(path) for path in used if Path(path).suffix.lower() in IMAGES}
+    if not places:
+        return
+    if Path(name).is_dir():
+        listed = [f"{name}/{path}" for path in list_files(Path(name)) if is_image(Path(name), path)]
+    else:  # the URL of each file begins with hf://datasets/OWNER/NAME@COMMIT
+        listed = HfFileSystem().find("/".join(min(used).split("/")[:5]))
+        listed = [f"hf://{path}" for path in listed if Path(path).suffix.lower() in IMAGES]
+    unused = [path for path in listed if path not in used and place(path) in places]
+    if unused:
+        raise UserError(
+            f'"{name}" has {len(unused)} images that `datasets` does not load: {shorten(unused)}. '
+            "Correct data_files in its README.md, or load its files from a folder without it."
+        )
 
 
 def _as_stream(split: Dataset | IterableDataset) -> IterableDataset:

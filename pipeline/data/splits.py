@@ -1,6 +1,8 @@
 """Say which published split is train, validation and test, and split off train what is missing."""
 
+import re
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
@@ -56,6 +58,15 @@ def assign_roles(names: list[str], data: DataArguments) -> dict[str, str]:
     if "test" not in roles and "validation" in roles and data.validation_split is None:
         roles["test"] = roles.pop("validation")
     return roles
+
+
+def split_word(path: Path) -> str | None:
+    """Return the split that a file's path names; UserError if it names several."""
+    words = re.split(r"[/._-]", str(path).lower())
+    splits = sorted({SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS})
+    if len(splits) > 1:
+        raise UserError(f'The file "{path}" has several splits in its name: {", ".join(splits)}.')
+    return splits[0] if splits else None
 
 
 def split_off(dataset: Dataset, name: str, size: float) -> dict[str, Dataset]:

@@ -91,7 +91,7 @@ def audit(
 
     def sheet(entries: list[dict]) -> list[tuple[str, Image.Image]]:
         images = []
-        for entry in entries[:: len(entries) // SHOWN + 1]:  # the surest and the least sure
+        for entry in entries[:: len(entries) // SHOWN + 1]:  # the most confident and the least sure
             guess = f", not {entry['suggested']}?" if "suggested" in entry else ""
             for i, name, label in zip(
                 *(entry[k] for k in ("rows", "images", "labels")), strict=True
@@ -208,7 +208,9 @@ def _inspect_batch(batch: dict) -> dict:
         except UserError:
             rows.append((np.zeros((3, SIDE, SIDE), np.uint8), "", "", ""))
             continue
-        thumbnail = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX)).transpose(2, 0, 1)
+        thumbnail = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)).transpose(
+            2, 0, 1
+        )
         size, mode = f"{image.width}x{image.height}", Image.open(io.BytesIO(read_image(cell))).mode
         rows.append((thumbnail, hex(hash_file(size.encode() + image.tobytes())), size, mode))
     columns = dict(zip(INSPECTED, map(list, zip(*rows, strict=True)), strict=True))
@@ -218,12 +220,13 @@ def _inspect_batch(batch: dict) -> dict:
 def _describe(table: pd.DataFrame, split: str, part: Dataset) -> dict:
     rows, order = table[table["split"] == split], list(table["split"].unique())
     earlier = table["group"][table["split"].isin(order[: order.index(split)])]
+    readable = rows[~rows["unreadable"]]
     return {
         "images": len(rows),
         "sha256": _hash(part),
         "classes": rows["label"].value_counts().to_dict(),
-        "sizes": rows["size"].value_counts().head(10).to_dict(),
-        "modes": rows["mode"].value_counts().to_dict(),
+        "sizes": readable["size"].value_counts().head(10).to_dict(),
+        "modes": readable["mode"].value_counts().to_dict(),
         "in_earlier_splits": np.flatnonzero(rows["group"].isin(earlier)).tolist(),
     } | {kind: rows["name"][rows[kind]].tolist() for kind in UNUSUAL}
 

@@ -13,7 +13,6 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline import runs
 from pipeline.data.loading import load_split
 from pipeline.errors import UserError
 from pipeline.evaluation.outputs import predict
@@ -50,24 +49,24 @@ def fold_temperature(model: PreTrainedModel, temperature: float) -> None:
 
 
 def calibrate_run(recipe: Recipe) -> float:
-    """Fold a trained run's temperature into its model, in `models/<run>`, unless it is done.
+    """Fold a trained run's temperature into its model in `models/<run>`, unless that is done.
 
     Returns:
-        The temperature, which `training.json` keeps.
+        The temperature, which `config.json` keeps as `calibration_temperature`.
     """
-    folder, main = recipe.model_folder, recipe.training.process_index == 0
-    summary = runs.read_json(folder / "training.json")
-    if "temperature" in summary:
-        return summary["temperature"]
+    folder = recipe.model_folder
     model, processor = load_model(str(folder))
+    if hasattr(model.config, "calibration_temperature"):
+        return model.config.calibration_temperature
     validation = load_split(recipe.data, "validation", processor)
     temperature = fit_temperature(*predict(model, processor, validation))
-    if main:
-        # If this ends between the two files, the next fit gives 1: nothing is folded twice.
-        fold_temperature(model, temperature)
+    if recipe.training.process_index == 0:
+        fold_temperature(model.cpu(), temperature)
+        model.config.calibration_temperature = temperature
         part = folder.with_name(f"{recipe.run}.part")
-        model.cpu().save_pretrained(part)
-        os.replace(part / "model.safetensors", folder / "model.safetensors")
+        model.save_pretrained(part)
+        # The weights first: if this ends between the two, the next fit gives about 1.
+        for name in ("model.safetensors", "config.json"):
+            os.replace(part / name, folder / name)
         shutil.rmtree(part)
-        runs.write_json(folder / "training.json", summary | {"temperature": temperature})
     return temperature

@@ -41,7 +41,8 @@ def near_duplicates(
         candidates.append(_neighbors(features.float()))
     pairs = torch.unique(torch.cat(candidates).sort(dim=1).values, dim=0)  # (P, 2)
     band = torch.cat([_blur(part, 3) - _blur(part, 9) for part in _blocks(gray)])
-    correlations = torch.cat([_correlate(gray, band, part) for part in _blocks(pairs)])
+    images = torch.stack([gray, band], dim=1)  # (N, 2, S, S)
+    correlations = torch.cat([_correlate(images, part) for part in _blocks(pairs)])
     order = correlations.argsort(descending=True)[: int((correlations >= CORRELATION).sum())]
     return pairs[order].numpy(), correlations[order].numpy()
 
@@ -70,23 +71,29 @@ def _neighbors(vectors: Tensor) -> Tensor:
     return pairs[pairs[:, 0] != pairs[:, 1]]
 
 
-def _correlate(gray: Tensor, band: Tensor, pairs: Tensor) -> Tensor:
-    """The lower correlation of the two kinds of images (N, S, S) of pairs (P, 2), aligned: (P,)."""
+def _correlate(images: Tensor, pairs: Tensor) -> Tensor:
+    """The lower correlation of the two channels (N, 2, S, S) of pairs (P, 2), aligned: (P,)."""
     first, second = pairs.T
-    spectrum = torch.fft.rfft2(band[first]).conj() * torch.fft.rfft2(band[second])
-    window = torch.fft.irfft2(spectrum).roll((REACH, REACH), dims=(1, 2))
-    best = window[:, : 2 * REACH + 1, : 2 * REACH + 1].flatten(1).argmax(dim=1)  # (P,)
-    inner = torch.arange(REACH, SIDE - REACH)
-    rows = inner + (best // (2 * REACH + 1) - REACH)[:, None]  # (P, S - 2 * REACH)
-    columns = inner + (best % (2 * REACH + 1) - REACH)[:, None]
-    index = second[:, None, None], rows[:, :, None], columns[:, None, :]
-    correlations = []
-    for images in (gray, band):
-        a = images[first][:, REACH:-REACH, REACH:-REACH].flatten(1)
-        b = images[index].flatten(1)
-        a, b = (x - x.mean(dim=1, keepdim=True) for x in (a, b))
-        correlations.append(F.cosine_similarity(a, b))
-    return torch.minimum(*correlations)
+    spectrum = [torch.fft.rfft2(images[rows, 1]) for rows in (first, second)]
+    match = torch.fft.irfft2(spectrum[0].conj() * spectrum[1])  # (P, S, S), by shift
+    match = match.roll((REACH + 1, REACH + 1), dims=(1, 2))[:, : 2 * REACH + 3, : 2 * REACH + 3]
+    side, best = 2 * REACH + 1, match[:, 1:-1, 1:-1].flatten(1).argmax(dim=1)  # (P,)
+    peak = torch.arange(len(pairs)), best // side + 1, best % side + 1
+    inner, shifted = torch.arange(REACH, SIDE - REACH), []
+    for axis in (1, 2):  # to a fraction of a pixel, by a parabola through the peak
+        low, high = (
+            match[peak[0], peak[1] + step * (axis == 1), peak[2] + step * (axis == 2)]
+            for step in (-1, 1)
+        )
+        fraction = (high - low) / (4 * match[peak] - 2 * low - 2 * high).clamp(min=1e-6)
+        shift = peak[axis] - REACH - 1 + fraction.clamp(-0.5, 0.5)
+        shifted.append((2 * (inner + shift[:, None]) + 1) / SIDE - 1)  # (P, I), from -1 to 1
+    rows, columns = shifted[0][:, :, None], shifted[1][:, None, :]
+    grid = torch.stack(torch.broadcast_tensors(columns, rows), dim=3)  # (P, I, I, 2)
+    aligned = F.grid_sample(images[second], grid, padding_mode="border", align_corners=False)
+    inside = images[first][:, :, REACH:-REACH, REACH:-REACH]
+    a, b = (x.flatten(2) - x.flatten(2).mean(dim=2, keepdim=True) for x in (inside, aligned))
+    return F.cosine_similarity(a, b, dim=2).amin(dim=1)
 
 
 def _blur(images: Tensor, side: int) -> Tensor:

@@ -81,8 +81,7 @@ def evaluate(
             model, processor, validation, test, dataset, split, data.dataset, ood_datasets,
             batch_size, bf16,
         )  # fmt: skip
-        training = runs.read_json(Path(name).expanduser() / "training.json") or {}
-        folded = training.get("temperature", 1.0)  # the logits are divided by it already
+        folded = getattr(model.config, "calibration_temperature", 1.0)  # see `calibrate_run`
         temperature = fit_temperature(validation[0] * folded, validation[1])
         calibration = {
             "temperature": temperature,
@@ -90,7 +89,7 @@ def evaluate(
             "before": _calibration(logits * folded, truth),
             "after": _calibration(logits * folded / temperature, truth),
         }
-    part = dataset.select(range(min(corruptions, len(dataset))))
+    part = dataset.shuffle(seed=0).select(range(min(corruptions, len(dataset))))
     robustness = measure_robustness(model, processor, part, batch_size) if corruptions else None
     hub_name, revision = runs.split_revision(name)
     is_local = runs.is_local(hub_name)

@@ -102,7 +102,7 @@ def measure_ood(
     sets |= {name: load_images(name, processor) for name in others}
     options = (batch_size, bf16, DEPTH)
     outputs = {name: predict(model, processor, data, *options) for name, data in sets.items()}
-    part = images.select(range(min(IMAGES, len(images))))
+    part = images.shuffle(seed=0).select(range(min(IMAGES, len(images))))
     outputs["shuffled patches"] = predict(model, processor, part, *options, shuffle_patches)
 
     # The Gaussian is fitted on every second validation image, the threshold on the others.
@@ -170,7 +170,7 @@ def load_images(name: str, processor) -> datasets.Dataset:
     columns = [c for c, kind in split.features.items() if isinstance(kind, datasets.Image)]
     if not columns:
         raise UserError(f'The OOD dataset "{name}" has no column of images.')
-    return _decode(split[columns[0]][:IMAGES], processor)
+    return _decode(split.shuffle(seed=0)[columns[0]][:IMAGES], processor)
 
 
 def shuffle_patches(images: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from pipeline import plots
 from pipeline.data.decoding import DecodedImages, open_image
 from pipeline.data.transforms import preprocess, visible_part
 from pipeline.errors import UserError
-from pipeline.evaluation.evaluate import predict
+from pipeline.evaluation.outputs import predict
 from pipeline.explain import attention
 
 BATCH = 16  # images; bounds the memory: a ViT-B's attentions take 22 MB an image at 224 px
@@ -150,14 +150,14 @@ def draw(
             panels = _panels(maps, i, image, labels, layer)
             for kind, overlays in panels.items():
                 path = folder / f"{example.name}_{kind}.png"
-                plots.attention_panels(overlays, title, path, attention.COLORMAP)
+                plots.image_sheet(overlays, 6, path, attention.COLORMAP, title)
                 files[path] = example.owner
             if any(example is other for other in shown):
                 (_, plain), last = panels["overlay"]
                 methods = [panels["rollout"][1], panels["relevance"][1]]
-                sheet.append([(title, plain), last, *methods])
+                sheet += [(title, plain), last, *methods]
     path = folder / "overview.png"
-    plots.attention_sheet(sheet, path, attention.COLORMAP)
+    plots.image_sheet(sheet, 4, path, attention.COLORMAP)
     owners = {example.owner for example in shown}
     return files | {path: "user" if "user" in owners else "dataset"}
 

@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 from datasets import ClassLabel
-from PIL import Image
+from PIL import ExifTags, Image
 
 import inference
 from layouts import files, parquet, put
@@ -69,6 +69,16 @@ def test_formats_that_pillow_reads_are_read(kind):
     pixels = np.asarray(open_image(encode(image, kind), "it"), np.int16)
     limit = 0 if kind == "PNG" else 60  # these lose detail
     assert np.abs(pixels - np.asarray(image)).mean() <= limit
+
+
+def test_a_turned_photo_is_upright():
+    image, buffer = draw_image(0, (40, 30)), io.BytesIO()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # the camera was turned by 90 degrees
+    image.save(buffer, "PNG", exif=exif)
+    upright = open_image(buffer.getvalue(), "it")
+    assert upright.size == (30, 40)
+    assert np.array_equal(np.asarray(upright), np.rot90(np.asarray(image), -1))
 
 
 @pytest.fixture

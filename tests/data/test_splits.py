@@ -153,6 +153,19 @@ def test_the_fingerprint_knows_a_new_file_a_changed_one_and_a_renamed_class(tmp_
     assert len(set(seen)) == 4
 
 
+def test_an_opened_dataset_is_handed_on(tmp_path):
+    put(tmp_path, files("dog cat", count=20))
+    data = DataArguments(dataset=str(tmp_path), validation_size=0.25)
+    source = load_source(data)
+    names = ["dog", "bird", "cat"]
+    expected = fingerprint(data)
+    by_model = load_splits(source, image_processor(), "test", names=names)["test"]
+    assert by_model.features["label"].names == names
+    assert np.bincount(by_model["label"][:], minlength=3).tolist() == [4, 0, 4]
+    assert source.names == ["cat", "dog"]  # as they were
+    assert fingerprint(source) == expected
+
+
 def test_a_stream_takes_the_published_validation_split_whole(tmp_path):
     split_folders(tmp_path, ("train", "val", "test"))
     data = DataArguments(dataset=str(tmp_path), streaming=True)

@@ -2,53 +2,103 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, pipeline
+from sklearn.metrics import roc_auc_score
 
+from pipeline.data.loading import load_splits
+from pipeline.errors import UserError
 from pipeline.evaluation import ood
-from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.evaluate import evaluate, save
+from pipeline.evaluation.outputs import predict
 from pipeline.recipe import DataArguments, load_recipe
+from pipeline.training.model import load_model
 from pipeline.training.train import train
 from samples import image_processor
 
+DIGITS = DataArguments(dataset="digits")
 
-def test_scores_are_the_log_of_the_summed_exponentials():
+
+def normal(*shape, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_scores_are_the_papers_formulas():
     logits = torch.tensor([[0.0, 0.0], [3.0, -1.0]])
     expected = torch.log(torch.tensor([2.0, torch.e**3 + torch.e**-1]))
-    torch.testing.assert_close(ood.energy_score(logits), expected)
+    torch.testing.assert_close(ood.Detector("energy", 0.0).score(logits, logits), expected)
+    expected = torch.tensor([0.5, 1 / (1 + torch.e**-4)])
+    torch.testing.assert_close(ood.Detector("msp", 0.0).score(logits, logits), expected)
+    mean, precision = torch.tensor([1.0, 0]).double(), torch.diag(torch.tensor([4.0, 1])).double()
+    detector = ood.Detector("mahalanobis", 0.0, mean, precision)
+    expected = torch.tensor([-4.0, -(4 * 4 + 1)])
+    torch.testing.assert_close(detector.score(logits, logits), expected)
 
 
-def test_the_threshold_passes_the_target_share_of_validation():
-    logits = torch.randn(2000, 10, generator=torch.Generator().manual_seed(0))
-    threshold = ood.fit_threshold(logits)
-    assert ood.pass_rate(logits, threshold) == pytest.approx(ood.TARGET_TPR, abs=1e-3)
-    assert ood.pass_rate(logits + 100, threshold) == 1
+def test_auroc_is_scikit_learns_and_its_interval_covers_it():
+    # Normal scores of distance 1 have an AUROC of 0.7602.
+    intervals = []
+    for seed in range(200):
+        inside, outside = normal(80, seed=seed) + 1, normal(50, seed=seed + 1000)
+        area, interval = ood.auroc(inside, outside)
+        truth = [1] * 80 + [0] * 50
+        assert area == pytest.approx(roc_auc_score(truth, torch.cat([inside, outside])))
+        intervals.append(interval)
+    covered = np.mean([low <= 0.7602 <= high for low, high in intervals])
+    assert 0.91 <= covered <= 0.98
 
 
-def test_ood_images_are_decoded_at_no_more_than_the_models_size():
-    for size in (32, 98):
-        others = ood.ood_datasets(image_processor(size))
-        assert {name: len(d) for name, d in others.items()} == {
-            "handwritten digits": ood.DIGITS,
-            "photographs": 120,
-        }
-        for decoded in others.values():
-            assert max(decoded.features["image"].shape) <= size
+def test_shuffled_patches_are_the_same_pixels_elsewhere():
+    images = torch.arange(2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
+    shuffled = ood.shuffle_patches(images)
+    assert shuffled.shape == images.shape
+    assert not torch.equal(shuffled, images)
+    for before, after in zip(images.flatten(1), shuffled.flatten(1), strict=True):
+        assert torch.equal(before.sort().values, after.sort().values)
+    patches = {
+        tuple(p.flatten().tolist())
+        for p in images[0, 0].unfold(0, 2, 2).unfold(1, 2, 2).flatten(0, 1)
+    }
+    assert tuple(shuffled[0, 0, 2:4, 4:6].flatten().tolist()) in patches
+
+
+def test_ood_images_are_decoded_at_no_more_than_the_models_size(tmp_path):
+    others = ood.ood_datasets(image_processor(98))
+    sizes = {"handwritten digits": 500, "photographs": 120, "uniform noise": 500}
+    assert {name: len(images) for name, images in others.items()} == sizes
+    assert max(max(images.features["image"].shape) for images in others.values()) <= 98
+    Image.new("RGB", (300, 200)).save(tmp_path / "unlabeled.png")
+    assert ood.load_images(str(tmp_path), image_processor(32)).features["image"].shape == (
+        3,
+        32,
+        32,
+    )
+    with pytest.raises(UserError, match="Cannot load the OOD dataset"):
+        ood.load_images(str(tmp_path / "none"), image_processor(32))
 
 
 @pytest.mark.slow
-def test_evaluation_reports_how_many_images_pass(tiny_recipe):
-    train(load_recipe(tiny_recipe, ["--num_train_epochs=1"], "run"))
-    results = evaluate("models/run", DataArguments(dataset="digits"))["ood"]
-    assert results["pass_rate"]["validation"] == pytest.approx(ood.TARGET_TPR, abs=0.02)
-    assert set(results["ood_datasets"]) == {"photographs"}  # digits are no other thing here
+def test_the_published_detector_gives_the_published_rates(tiny_recipe, here):
+    train(load_recipe(tiny_recipe, ["--num_train_epochs=2"], "run"))
+    results = evaluate("models/run", DIGITS)
+    save(results, here / "results/run")
+    entry = results["ood"]
+    assert entry["pass_rate"]["validation"] == pytest.approx(ood.TARGET_TPR, abs=0.02)
+    # Digits are no other thing here.
+    names = {"photographs", "uniform noise", "shuffled patches"}
+    assert set(entry["ood_datasets"]) == set(entry["auroc"]) == names
+    assert set(entry["scores"]) == set(ood.SCORES)
+    rates = {s: np.mean([e["fpr95"] for e in t.values()]) for s, t in entry["scores"].items()}
+    assert rates[entry["score"]] <= min(rates.values()) + 0.05  # chosen on the other halves
 
-    size = AutoConfig.from_pretrained("models/run").image_size
-    pieces = ood.ood_datasets(image_processor(size))["photographs"]
-    answer = pipeline("image-classification", "models/run")
-    passed = 0
-    for row in pieces:
-        image = Image.fromarray(np.asarray(row["image"], np.uint8).transpose(1, 2, 0))
-        with torch.no_grad():
-            logits = answer.model(**answer.preprocess(image)).logits
-        passed += ood.pass_rate(logits, results["threshold"])
-    assert results["ood_datasets"]["photographs"] == pytest.approx(passed / len(pieces), abs=0.02)
+    detector = ood.load_detector("models/run")
+    model, processor = load_model("models/run")
+    test = load_splits(DIGITS, processor, "test")["test"]
+    photographs = ood.ood_datasets(processor)["photographs"]
+    rate = {}
+    for name, images in (("test", test), ("photographs", photographs)):
+        logits, _, features = predict(model, processor, images, depth=ood.DEPTH)
+        rate[name] = (detector.score(logits, features) >= detector.threshold).double()
+    assert rate["test"].mean().item() == pytest.approx(entry["pass_rate"]["test"])
+    expected = entry["ood_datasets"]["photographs"]
+    assert rate["photographs"][1::2].mean().item() == pytest.approx(expected)
+    (here / "models/run/config.json").write_text("{}")
+    assert ood.load_detector("models/run") is None  # not of these files

@@ -348,7 +348,8 @@ def test_an_address_or_a_path_is_neither_fetched_nor_read(space_url):
         assert "Upload the picture as a file" in reply or "not those that the API page" in reply
     assert "not those that the API page" in post(space_url, "classify", {"data": []})
     with pytest.raises(HTTPError, match="404"):  # it would skip the queue
-        urlopen(f"{space_url}/gradio_api/run/classify", b'{"data": []}')
+        headers = {"Content-Type": "application/json"}
+        urlopen(Request(f"{space_url}/gradio_api/run/classify", b'{"data": []}', headers))
     for file in (CAT, "/etc/passwd", "app.py"):
         with pytest.raises(HTTPError, match="403"):
             urlopen(f"{space_url}/gradio_api/file={file}")

@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 from pathlib import Path
+from typing import get_type_hints
 
 from pipeline.recipe import DEFAULTS, RECIPE_GROUPS
 from pipeline.recipe_checks import NON_SEMANTIC_KEYS
@@ -41,8 +42,10 @@ def render() -> str:
     for group in RECIPE_GROUPS:
         text += f"\n## {group.__name__.removesuffix('Arguments')}\n\n{group.__doc__}\n\n"
         text += "| Key | Type | Default | Meaning |\n|:--|:--|:--|:--|\n"
+        kinds = get_type_hints(group)  # HfArgumentParser changes `field.type`
         for key in fields(group):
-            kind = getattr(key.type, "__name__", str(key.type)).replace(" | ", " or ")
+            kind = kinds[key.name]
+            kind = (kind.__name__ if isinstance(kind, type) else str(kind)).replace(" | ", " or ")
             default = "" if key.default is None else f"`{_yaml(key.default)}`"
             text += f"| `{key.name}` | {kind} | {default} | {key.metadata['help']} |\n"
     defaults = "\n".join(f"| `{key}` | `{_yaml(value)}` |" for key, value in DEFAULTS.items())

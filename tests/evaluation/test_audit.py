@@ -1,0 +1,155 @@
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_images
+
+from pipeline.data.sources import load_source
+from pipeline.evaluation.audit import audit, duplicate_rows, label_errors
+from pipeline.evaluation.duplicates import exact_duplicates, group, near_duplicates
+from pipeline.evaluation.evaluate import evaluate
+from pipeline.recipe import DataArguments
+from samples import ROOT
+
+TILE = 64
+
+
+def photograph_tiles() -> list[np.ndarray]:
+    """120 tiles of two photographs, no two of which overlap."""
+    return [
+        photograph[top : top + TILE, left : left + TILE]
+        for photograph in load_sample_images().images
+        for top in range(0, 384, TILE)
+        for left in range(0, 640, TILE)
+    ]
+
+
+def plant_duplicate(pixels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """A copy that is shifted by up to 6 % of its side, resized, and saved as JPEG."""
+    side = len(pixels)
+    reach = round(0.06 * side)
+    down, right = generator.integers(-reach, reach + 1, 2) + reach
+    padded = np.pad(pixels, ((reach, reach), (reach, reach), (0, 0)), mode="reflect")
+    image = Image.fromarray(padded[down : down + side, right : right + side])
+    size = round(side * generator.uniform(0.6, 2))
+    image = image.resize((size, size), Image.Resampling.BICUBIC)
+    image.save(file := io.BytesIO(), "JPEG", quality=int(generator.integers(50, 91)))
+    return np.asarray(Image.open(file))
+
+
+def thumbnails(images: list[np.ndarray]) -> torch.Tensor:
+    small = [np.asarray(Image.fromarray(i).resize((32, 32), Image.Resampling.BOX)) for i in images]
+    return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2)
+
+
+def find_planted(images: list[np.ndarray], count: int) -> tuple[float, float]:
+    """Recall and precision of duplicates planted in images that have none."""
+    generator = np.random.default_rng(0)
+    sources = generator.choice(len(images), count, replace=False)
+    planted = [plant_duplicate(images[i], generator) for i in sources]
+    pairs, correlations = near_duplicates(thumbnails([*images, *planted]))
+    assert (np.diff(correlations) <= 0).all()
+    truth = {(int(source), len(images) + i) for i, source in enumerate(sources)}
+    found = {tuple(pair) for pair in pairs.tolist()}
+    return len(found & truth) / count, len(found & truth) / len(found)
+
+
+def test_planted_duplicates_are_found_among_tiles_of_photographs():
+    tiles = [tile for tile in photograph_tiles() if tile.std() > 25]  # without clear sky
+    recall, precision = find_planted(tiles, 20)
+    assert recall >= 0.9
+    assert precision >= 0.95
+
+
+@pytest.mark.slow
+def test_planted_duplicates_are_found_among_real_images(shared):
+    test = load_source(DataArguments(dataset=str(shared / "data/cifar10"))).splits["test"]
+    images = [np.asarray(image) for image in test.select(range(3000))["img"]]
+    own, _ = near_duplicates(thumbnails(images))  # those that CIFAR-10 has itself
+    images = [images[i] for i in np.setdiff1d(np.arange(3000), own)]
+    recall, precision = find_planted(images, 60)
+    assert recall >= 0.9
+    assert precision >= 0.95
+
+
+def test_exact_duplicates_are_grouped():
+    pairs = exact_duplicates(np.array(["a", "b", "a", "c", "a", "c"]))
+    assert sorted(map(sorted, pairs.tolist())) == [[0, 2], [2, 4], [3, 5]]
+    groups = group(pairs, 6)
+    assert groups[0] == groups[2] == groups[4]
+    assert len(set(groups)) == 3
+
+
+def test_planted_label_errors_come_first():
+    source = load_digits()
+    labels, generator = source.target.copy(), np.random.default_rng(0)
+    flipped = generator.choice(len(labels), 36, replace=False)  # 2 %
+    labels[flipped] = (labels[flipped] + generator.integers(1, 10, 36)) % 10
+    labels[0] = -1 if 0 not in flipped else labels[0]  # no label
+    found = label_errors(torch.from_numpy(source.data), labels)
+    rows = [row for row, _, _ in found]
+    first = np.isin(rows[:36], flipped)
+    assert first.mean() >= 0.7
+    assert np.isin(flipped, rows).mean() >= 0.9
+    corrected = [source.target[row] == other for row, other, _ in found if row in flipped]
+    assert np.mean(corrected) > 0.9
+    probabilities = [probability for *_, probability in found]
+    assert probabilities == sorted(probabilities)
+
+
+def test_an_audit_reports_every_fault(image_folder, here):
+    train, test = image_folder / "train", image_folder / "test"
+    tiles = [Image.fromarray(tile) for tile in photograph_tiles() if tile.std() > 25]
+    for i, tile in enumerate(tiles[:6]):
+        for folder in (train / "cat", test / "cat", test / "dog"):
+            folder.mkdir(exist_ok=True, parents=True)
+        tile.save(train / "cat" / f"tile{i}.png")
+    tiles[0].save(test / "cat" / "exact.png")
+    tiles[1].resize((80, 80)).save(test / "dog" / "other.jpg", quality=80)
+    tiles[20].convert("L").save(test / "dog" / "gray.png")
+    Image.new("RGB", (50, 40)).save(test / "cat" / "black.png")
+    Image.new("RGB", (50, 40), "red").save(test / "cat" / "red.png")
+    (test / "cat" / "torn.png").write_bytes(b"\x89PNG")
+    command = [sys.executable, ROOT / "scripts/audit.py", "--dataset", image_folder]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    folder = here / "results/audit/pets"
+    report = json.loads((folder / "audit.json").read_text())
+    assert (folder / "report.txt").read_text() in result.stdout
+    entry = report["splits"]["test"]
+    assert entry["classes"] == {"cat": 4, "dog": 2}
+    assert entry["modes"] == {"RGB": 4, "L": 1}
+    assert entry["sizes"]["80x80"] == 1
+    assert [len(entry[kind]) for kind in ("unreadable", "nearly_black", "constant")] == [1, 1, 2]
+    assert len(entry["in_earlier_splits"]) == 2
+    assert [pair["splits"] for pair in report["exact_duplicates"]] == [["train", "test"]]
+    pairs = [p for p in report["near_duplicates"] if p["splits"] == ["train", "test"]]
+    assert sorted(p["labels"] for p in pairs) == [["cat", "cat"], ["cat", "dog"]]
+    assert {path.name for path in folder.glob("*.png")} == {
+        f"near_duplicates{of}.png" for of in ("", "_across_splits", "_of_other_labels")
+    }
+
+
+@pytest.mark.slow
+def test_evaluation_leaves_out_the_near_duplicates_of_an_audit(measured):
+    data = DataArguments(dataset="digits")
+    report, _ = audit(data, "models/tiny")  # an untrained model: label errors are noise
+    assert evaluate("models/tiny", data)["without_near_duplicates"] is None
+    folder = measured / "results/audit/digits"
+    folder.mkdir(parents=True)
+    (folder / "audit.json").write_text(json.dumps(report))
+    rows = duplicate_rows(load_source(data), "test")
+    results = evaluate("models/tiny", data)
+    part = results["without_near_duplicates"]
+    assert part["removed"] == len(rows) > 0
+    assert part["images"] == 360 - len(rows)
+    low, high = part["accuracy_interval"]
+    assert low < part["accuracy"] < high
+    report["splits"]["test"]["sha256"] = "0"  # of other images
+    (folder / "audit.json").write_text(json.dumps(report))
+    assert duplicate_rows(load_source(data), "test") is None
