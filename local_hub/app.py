@@ -213,7 +213,7 @@ class Call:
             case "DELETE", "branch" | "tag" as kind, name:
                 ref = f"refs/{'heads' if kind == 'branch' else 'tags'}/{name}"
                 require(ref != MAIN, 403, f"Cannot delete {ref}: it is the default branch")
-                require(refs.pop(ref, None), 404, f"There is no {ref}", "RevisionNotFound")
+                require(refs.pop(ref, None), 404, f"Invalid rev id: {name}", "RevisionNotFound")
             case _:
                 raise HTTPException(404, "Not found")
         repo.save()

@@ -8,7 +8,7 @@
 from dataclasses import replace
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Image
 from scipy.stats import binomtest, t
 
 from pipeline.data.loading import load_raw
@@ -78,7 +78,7 @@ def load_evaluated(results: dict) -> tuple[Dataset, np.ndarray]:
     labels = np.array([results["labels"].index(name) for name in names])[class_numbers(split)]
     if np.bincount(labels, minlength=len(results["labels"])).tolist() != results["support"]:
         raise UserError(f'The {info["split"]} images of "{info["name"]}" are no longer the same.')
-    return split, labels
+    return split.cast_column("image", Image(decode=False)), labels
 
 
 def average(runs: list[dict]) -> dict:
