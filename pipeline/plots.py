@@ -31,32 +31,23 @@ plt.rcParams |= {
 
 
 def evaluation_figures(results: dict, log: list[dict], folder: Path) -> list[str]:
-    """Draw what the results of an evaluation and the log of a training have; return the files."""
-    matrix, calibration = results["confusion_matrix"], results["calibration"]
-    confusion_matrix(matrix, results["labels"], folder / "confusion_matrix.png")
-    files = ["confusion_matrix.png"]
-    if training_curves(log, folder / "training_curves.png"):
-        files.append("training_curves.png")
-    if calibration:
-        bins = {key: calibration[key]["bins"] for key in ("before", "after")}
+    """Draw what the results of an evaluation and the log of a training hold; return the files."""
+    confusion_matrix(
+        results["confusion_matrix"], results["labels"], folder / "confusion_matrix.png"
+    )
+    if results["calibration"]:
+        bins = {key: results["calibration"][key]["bins"] for key in ("before", "after")}
         reliability_diagram(bins, folder / "reliability.png")
-        files.append("reliability.png")
     if results["robustness"]:
         corruption_heatmap(results["robustness"]["accuracy"], folder / "robustness.png")
-        files.append("robustness.png")
-    return files
+    has_curves = training_curves(log, folder / "training_curves.png")
+    drawn = {"reliability": results["calibration"], "robustness": results["robustness"]}
+    drawn |= {"confusion_matrix": True, "training_curves": has_curves}
+    return [f"{name}.png" for name, is_drawn in drawn.items() if is_drawn]
 
 
 def training_curves(log: list[dict], path: Path) -> bool:
-    """Draw the loss of training and validation, and the validation accuracy, over epochs.
-
-    Args:
-        log: The `Trainer`'s log history.
-        path: The PNG file.
-
-    Returns:
-        Whether there was anything to draw.
-    """
+    """Draw loss and validation accuracy over epochs; False if a `Trainer`'s log has neither."""
     train = [(e["epoch"], e["loss"]) for e in log if "loss" in e]
     validation = [(e["epoch"], e["eval_nll"], e["eval_accuracy"]) for e in log if "eval_nll" in e]
     if not train and not validation:
@@ -70,12 +61,9 @@ def training_curves(log: list[dict], path: Path) -> bool:
         right.plot(epochs, [100 * a for a in accuracies], "o-", color=ORANGE, markersize=4)
         best = int(np.argmax(accuracies))
         right.annotate(
-            f"{accuracies[best]:.2%}",
-            (epochs[best], 100 * accuracies[best]),
-            xytext=(0, -14),
-            textcoords="offset points",
-            ha="center",
-        )
+            f"{accuracies[best]:.2%}", (epochs[best], 100 * accuracies[best]), xytext=(0, -14),
+            textcoords="offset points", ha="center",
+        )  # fmt: skip
     left.set(xlabel="epoch", ylabel="cross-entropy", title="Loss", ylim=(0, None))
     left.legend(frameon=False)
     right.set(xlabel="epoch", ylabel="%", title="Validation accuracy")

@@ -51,9 +51,7 @@ class DataArguments:
     label_column: str | None = HfArg(default=None, help="default: the only one")
     train_split: str = HfArg(default="train", help="the split to train on")
     test_split: str = HfArg(default="test", help="the one to evaluate; if missing, part of train")
-    validation_split: str | None = HfArg(
-        default=None, help="the split that picks the checkpoint (default: validation, or none)"
-    )
+    validation_split: str | None = HfArg(default=None, help="the one that picks the checkpoint")
     validation_size: float = HfArg(default=0.05, help="share of train that picks the checkpoint")
     max_train_samples: int | None = HfArg(
         default=None, help="train on this many images only, as many of each class as there are"
@@ -81,16 +79,17 @@ class ModelArguments:
         default=None, help="sizes to train at, by the share of the steps done: {0: 56, 0.5: 98}"
     )
     resize: str = HfArg(default="squash", help="squash images to squares, or crop their center")
-    attention: str = HfArg(
-        default="auto", help="implementation in training: sdpa, eager, or auto, the faster one here"
-    )
+    attention: str = HfArg(default="auto", help="in training: sdpa, eager, or auto, the faster one")
     freeze_backbone: bool = HfArg(default=False, help="train only the head")
     drop_path_rate: float = HfArg(default=0.0, help="stochastic depth, where the config has it")
     layer_decay: float = HfArg(default=1.0, help="a layer's learning rate over the next one's")
 
     def __post_init__(self):
         self.model_config = _parse(self.model_config)
-        self.image_size_schedule = _parse(self.image_size_schedule)
+        schedule = _parse(self.image_size_schedule)
+        if isinstance(schedule, dict):  # JSON has no other keys
+            schedule = {str(share): size for share, size in schedule.items()}
+        self.image_size_schedule = schedule
         if self.model_config is not None:
             self.model = self.model_revision = None
 
@@ -115,9 +114,7 @@ class ObjectiveArguments:
     early_stopping_patience: int | None = HfArg(
         default=None, help="validations without improvement after which training ends"
     )
-    calibrate: bool = HfArg(
-        default=False, help="fold a temperature into the last layer, fitted on validation"
-    )
+    calibrate: bool = HfArg(default=False, help="fold a temperature into the head, by validation")
 
     def __post_init__(self):
         self.class_weights = _parse(self.class_weights)

@@ -131,12 +131,11 @@ def check_values(recipe) -> None:
 
 
 def _check_schedule(schedule: dict, image_size: int) -> None:
-    shares, sizes = [], []
-    if isinstance(schedule, dict):
-        shares, sizes = list(schedule), list(schedule.values())
-    is_valid = all(type(share) in (int, float) for share in shares) and all(
-        type(size) is int and size > 0 for size in sizes
-    )
+    try:
+        shares, sizes = [float(share) for share in schedule], list(schedule.values())
+    except (AttributeError, TypeError, ValueError):
+        shares, sizes = [], []
+    is_valid = all(type(size) is int and size > 0 for size in sizes)
     if not is_valid or shares[:1] != [0] or shares != sorted(shares) or shares[-1] >= 1:
         raise UserError(
             f"image_size_schedule is {schedule}; write sizes in pixels by the share of the steps "

@@ -40,9 +40,9 @@ def main() -> None:
     runs.write_json(folder / "comparison.json", report)
     names, sheet = found[0]["labels"], []
     for row in report["rows"][:: len(report["rows"]) // SHOWN + 1]:
-        answers = (names[results["predictions"][row]] for results in found)
-        caption = f"{names[labels[row]]}:\n{' / '.join(answers)}"
-        sheet.append((caption, open_image(split[row]["image"], f"row {row}")))
+        answers = " / ".join(names[results["predictions"][row]] for results in found)
+        image = open_image(split[row]["image"], f"row {row}")
+        sheet.append((f"{names[labels[row]]}:\n{answers}", image))
     if sheet:
         plots.image_sheet(sheet, 10, folder / "differences.png", title=" / ".join(args.runs))
     low, high = report["difference_interval"]

@@ -12,7 +12,10 @@ def main() -> None:
     parser.add_argument("--dataset", help="default: the one it was trained on")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--bf16", action="store_true", help="faster and rounded: a quick look")
-    parser.add_argument("--corruptions", type=int, default=0, help="images to corrupt in 45 ways")
+    parser.add_argument(
+        "--corruptions", type=int, nargs="?", const=1000, default=0,
+        help="measure robustness, on this many images (default: 1000)",
+    )  # fmt: skip
     parser.add_argument("--ood_datasets", nargs="+", default=[], help="folders or Hub ids")
     args = parser.parse_args()
 

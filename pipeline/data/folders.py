@@ -5,10 +5,10 @@ and drops links and file types that it doesn't know. So the files are listed her
 used, or an error names it.
 """
 
-import glob
 import io
 import os
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -82,9 +82,26 @@ def load_images(
     return dict(splits)
 
 
+def walk(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Give all files and folders below a folder, sorted, but hidden ones; links are followed.
+
+    Args:
+        folder: Where to look.
+        above: The folders that lead there, without links: a loop of links ends at them.
+    """
+    real = folder.resolve()
+    if real in above:
+        return
+    for path in sorted(folder.iterdir()):
+        if not path.name.startswith("."):
+            yield path
+            if path.is_dir():
+                yield from walk(path, (*above, real))
+
+
 def list_files(root: Path) -> list[Path]:
     """Return all files below a folder, relative to it, sorted, also those in linked folders."""
-    found = [Path(path) for path in glob.glob("**", root_dir=root, recursive=True)]
+    found = [path.relative_to(root) for path in walk(root)]
     found = [path for path in found if not any(part.startswith("__") for part in path.parts)]
     folders = {path for path in found if (root / path).is_dir()}
     files = sorted(set(found) - folders)

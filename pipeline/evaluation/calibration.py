@@ -49,10 +49,9 @@ def fold_temperature(model: PreTrainedModel, temperature: float) -> None:
 
 
 def calibrate_run(recipe: Recipe) -> float:
-    """Fold a trained run's temperature into its model in `models/<run>`, unless that is done.
+    """Fold a run's temperature into its model, unless that is done; return it.
 
-    Returns:
-        The temperature, which `config.json` keeps as `calibration_temperature`.
+    `config.json` keeps it as `calibration_temperature`.
     """
     folder = recipe.model_folder
     model, processor = load_model(str(folder))

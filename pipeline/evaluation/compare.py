@@ -25,16 +25,13 @@ def compare(first: dict, second: dict, labels: np.ndarray) -> dict:
 
     Args:
         first: Results of `evaluate`.
-        second: Likewise, of the same images.
+        second: Others, of the same images; UserError if they are not.
         labels: The true class numbers (N,).
 
     Returns:
-        `difference` of the accuracies, the second's less the first's, with its 95 % interval;
-        `p_value` of McNemar's test and whether they are `different` by it, at 5 %; how many images
-        `only_first` and `only_second` gets right, also by class; and the `rows` of those images.
-
-    Raises:
-        UserError: They were not evaluated on the same images.
+        `difference` of the accuracies, second less first, with its 95 % interval; `p_value` of
+        McNemar's test, and whether they are `different` by it, at 5 %; how many images only one
+        gets right, also by class, and the `rows` of those.
     """
     if first["labels"] != second["labels"] or first["support"] != second["support"] or any(
         first["dataset"][key] != second["dataset"][key] for key in ("name", "revision", "split")
@@ -47,13 +44,10 @@ def compare(first: dict, second: dict, labels: np.ndarray) -> dict:
     draws = np.random.default_rng(0).multinomial(count, shares, DRAWS)  # the paired bootstrap
     interval = np.quantile((draws[:, 1] - draws[:, 0]) / count, [0.025, 0.975])
     p_value = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
-    by_class = {
-        name: {
-            "only_first": int((change[labels == i] < 0).sum()),
-            "only_second": int((change[labels == i] > 0).sum()),
-        }
-        for i, name in enumerate(first["labels"])
-    }
+    by_class = {}
+    for i, name in enumerate(first["labels"]):
+        part = change[labels == i]
+        by_class[name] = {"only_first": int((part < 0).sum()), "only_second": int((part > 0).sum())}
     return {
         "accuracy": [first["accuracy"], second["accuracy"]],
         "difference": float(change.mean()),
@@ -82,11 +76,7 @@ def load_evaluated(results: dict) -> tuple[Dataset, np.ndarray]:
 
 
 def average(runs: list[dict]) -> dict:
-    """Average the results of several seeds: mean, 95 % interval of the mean (Student's t), values.
-
-    Raises:
-        UserError: There is only one.
-    """
+    """Average the results of several seeds: mean, its 95 % interval by Student's t, values."""
     if len(runs) < 2:
         raise UserError("An interval needs two seeds at least: N=3.")
     table = {}

@@ -33,16 +33,16 @@ def near_duplicates(
     Returns:
         Pairs of rows int64 (P, 2), and their correlations (P,), the highest first.
     """
-    colors = [F.avg_pool2d(part.float(), SIDE // COARSE).flatten(1) for part in _blocks(thumbnails)]
-    gray = torch.cat([part.float().mean(dim=1) for part in _blocks(thumbnails)])  # (N, S, S)
-    colors = torch.cat(colors)
-    candidates = [_neighbors(colors - colors.mean(dim=1, keepdim=True))]
-    if features is not None:
-        candidates.append(_neighbors(features.float()))
-    pairs = torch.unique(torch.cat(candidates).sort(dim=1).values, dim=0)  # (P, 2)
-    band = torch.cat([_blur(part, 3) - _blur(part, 9) for part in _blocks(gray)])
-    images = torch.stack([gray, band], dim=1)  # (N, 2, S, S)
-    correlations = torch.cat([_correlate(images, part) for part in _blocks(pairs)])
+    colors, images = [], []
+    for part in thumbnails.split(BLOCK):
+        coarse = F.avg_pool2d(part.float(), SIDE // COARSE).flatten(1)
+        colors.append(coarse - coarse.mean(dim=1, keepdim=True))
+        gray = part.float().mean(dim=1, keepdim=True)  # (B, 1, S, S)
+        images.append(torch.cat([gray, _blur(gray, 3) - _blur(gray, 9)], dim=1))
+    vectors = [torch.cat(colors)] + ([] if features is None else [features.float()])
+    pairs = torch.cat([_neighbors(x) for x in vectors]).sort(dim=1).values.unique(dim=0)
+    images = torch.cat(images)  # (N, 2, S, S)
+    correlations = torch.cat([_correlate(images, part) for part in pairs.split(BLOCK)])
     order = correlations.argsort(descending=True)[: int((correlations >= CORRELATION).sum())]
     return pairs[order].numpy(), correlations[order].numpy()
 
@@ -65,31 +65,29 @@ def _neighbors(vectors: Tensor) -> Tensor:
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     vectors = F.normalize(vectors, dim=1).to(device)
     count = min(NEIGHBORS + 1, len(vectors))  # the image itself among them
-    found = torch.cat([(part @ vectors.T).topk(count).indices for part in _blocks(vectors)]).cpu()
-    pairs = torch.stack([torch.arange(len(found))[:, None].expand_as(found), found], dim=2)
-    pairs = pairs.flatten(0, 1)
+    found = [(part @ vectors.T).topk(count).indices.cpu() for part in vectors.split(BLOCK)]
+    first = torch.arange(len(vectors)).repeat_interleave(count)
+    pairs = torch.stack([first, torch.cat(found).flatten()], dim=1)
     return pairs[pairs[:, 0] != pairs[:, 1]]
 
 
 def _correlate(images: Tensor, pairs: Tensor) -> Tensor:
     """The lower correlation of the two channels (N, 2, S, S) of pairs (P, 2), aligned: (P,)."""
     first, second = pairs.T
-    spectrum = [torch.fft.rfft2(images[rows, 1]) for rows in (first, second)]
-    match = torch.fft.irfft2(spectrum[0].conj() * spectrum[1])  # (P, S, S), by shift
-    match = match.roll((REACH + 1, REACH + 1), dims=(1, 2))[:, : 2 * REACH + 3, : 2 * REACH + 3]
-    side, best = 2 * REACH + 1, match[:, 1:-1, 1:-1].flatten(1).argmax(dim=1)  # (P,)
-    peak = torch.arange(len(pairs)), best // side + 1, best % side + 1
-    inner, shifted = torch.arange(REACH, SIDE - REACH), []
-    for axis in (1, 2):  # to a fraction of a pixel, by a parabola through the peak
-        low, high = (
-            match[peak[0], peak[1] + step * (axis == 1), peak[2] + step * (axis == 2)]
-            for step in (-1, 1)
-        )
-        fraction = (high - low) / (4 * match[peak] - 2 * low - 2 * high).clamp(min=1e-6)
-        shift = peak[axis] - REACH - 1 + fraction.clamp(-0.5, 0.5)
-        shifted.append((2 * (inner + shift[:, None]) + 1) / SIDE - 1)  # (P, I), from -1 to 1
-    rows, columns = shifted[0][:, :, None], shifted[1][:, None, :]
-    grid = torch.stack(torch.broadcast_tensors(columns, rows), dim=3)  # (P, I, I, 2)
+    spectrum = torch.fft.rfft2(images[first, 1]).conj() * torch.fft.rfft2(images[second, 1])
+    match = torch.fft.irfft2(spectrum).roll((REACH + 2, REACH + 2), dims=(1, 2))  # by shift
+    side, window = 2 * REACH + 1, slice(2, 2 * REACH + 3)
+    best = match[:, window, window].flatten(1).argmax(dim=1)  # (P,)
+    peak = torch.arange(len(pairs)), best // side + 2, best % side + 2
+    sampled = []
+    for axis in (1, 2):  # to a fraction of a pixel, by Newton's step from the peak
+        slope = torch.gradient(match, dim=axis)[0]
+        curve = torch.gradient(slope, dim=axis)[0][peak].clamp(max=-1e-6)
+        shift = peak[axis] - REACH - 2 - (slope[peak] / curve).clamp(-0.5, 0.5)
+        inner = torch.arange(REACH, SIDE - REACH) + shift[:, None]  # (P, I)
+        sampled.append((2 * inner + 1) / SIDE - 1)  # from -1 to 1
+    rows, columns = torch.broadcast_tensors(sampled[0][:, :, None], sampled[1][:, None, :])
+    grid = torch.stack([columns, rows], dim=3)  # (P, I, I, 2)
     aligned = F.grid_sample(images[second], grid, padding_mode="border", align_corners=False)
     inside = images[first][:, :, REACH:-REACH, REACH:-REACH]
     a, b = (x.flatten(2) - x.flatten(2).mean(dim=2, keepdim=True) for x in (inside, aligned))
@@ -98,7 +96,3 @@ def _correlate(images: Tensor, pairs: Tensor) -> Tensor:
 
 def _blur(images: Tensor, side: int) -> Tensor:
     return F.avg_pool2d(images, side, 1, side // 2, count_include_pad=False)
-
-
-def _blocks(values: Tensor) -> tuple[Tensor, ...]:
-    return values.split(BLOCK)

@@ -6,9 +6,11 @@ of them later (card, push, Space) can refuse another model's.
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from torch import Tensor
 
 from pipeline import runs
@@ -16,7 +18,7 @@ from pipeline.data.decoding import content_hash
 from pipeline.data.loading import fingerprint, load_splits
 from pipeline.data.sources import Source, load_source
 from pipeline.data.transforms import input_size
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shorten
 from pipeline.evaluation import ood
 from pipeline.evaluation.audit import duplicate_rows
 from pipeline.evaluation.calibration import fit_temperature
@@ -39,15 +41,14 @@ def evaluate(
         split: "test" or "validation".
         batch_size: Images at once in each process.
         bf16: Evaluate in bfloat16 where that is fast: for a quick look, not to be published.
-        corruptions: How many images to corrupt, see `measure_robustness`.
+        corruptions: How many images to measure robustness on.
         ood_datasets: Folders or Hub ids of images of other things, beside the built-in ones.
 
     Returns:
         Plain values for JSON: the metrics of `ImageClassification`, what they were computed from,
         each image's prediction and confidence in order, and the settings the model was trained
-        with, where they are known. Further: `ood` (see `measure_ood`); `calibration` before and
-        after temperature scaling; `without_near_duplicates`, the accuracy on images that an audit
-        did not find in train; `robustness`. Each is None where it was not measured.
+        with; and where it was measured, `ood` (see `measure_ood`), `calibration` before and after
+        temperature scaling, the accuracy `without_near_duplicates` of an audit, and `robustness`.
 
     Raises:
         UserError: The model or the dataset can't be loaded, or their classes differ.
@@ -62,35 +63,34 @@ def evaluate(
     source = load_source(data)
     if not set(source.names) <= set(labels):
         raise UserError(
-            f'"{name}" classifies {_list_classes(labels)}; the dataset "{data.dataset}" has '
-            f"{_list_classes(source.names)}."
+            f'"{name}" classifies {len(labels)} classes ({shorten(labels)}); the dataset '
+            f'"{data.dataset}" has {len(source.names)} ({shorten(source.names)}).'
         )
     _check_same_data(name, settings, source)
     splits = load_splits(source, processor, split, "validation", names=labels)
     dataset, roles = splits[split], source.roles
+    run = partial(predict, model, processor, batch_size=batch_size, bf16=bf16, depth=ood.DEPTH)
     started = time.monotonic()
-    options = (batch_size, bf16, ood.DEPTH)
-    test = logits, truth, _ = predict(model, processor, dataset, *options)
+    logits, truth, _ = test = run(dataset)
     wall = time.monotonic() - started
-    metric = ImageClassification(keep_in_memory=True)
-    scores = metric.compute(predictions=logits.numpy(), references=truth.numpy())
-    detection = calibration = None
+    duplicates = duplicate_rows(source, split)
+    detection = calibration = robustness = None
     if "validation" in splits:  # unlike in a dataset that has a test split only
-        validation = predict(model, processor, splits["validation"], *options)
+        validation = run(splits["validation"])
         detection = ood.measure_ood(
-            model, processor, validation, test, dataset, split, data.dataset, ood_datasets,
-            batch_size, bf16,
-        )  # fmt: skip
+            run, processor, validation, test, dataset, split, data.dataset, ood_datasets
+        )
         folded = getattr(model.config, "calibration_temperature", 1.0)  # see `calibrate_run`
         temperature = fit_temperature(validation[0] * folded, validation[1])
-        calibration = {
-            "temperature": temperature,
-            "folded": folded,
-            "before": _calibration(logits * folded, truth),
-            "after": _calibration(logits * folded / temperature, truth),
-        }
-    part = dataset.shuffle(seed=0).select(range(min(corruptions, len(dataset))))
-    robustness = measure_robustness(model, processor, part, batch_size) if corruptions else None
+        calibration = {"temperature": temperature, "folded": folded}
+        for key, factor in (("before", folded), ("after", folded / temperature)):
+            scores = _scores(logits * factor, truth)
+            confidence, predicted = (logits * factor).softmax(dim=1).max(dim=1)
+            bins = reliability(confidence.numpy(), (predicted == truth).numpy()).tolist()
+            calibration[key] = {"nll": scores["nll"], "ece": scores["ece"], "bins": bins}
+    if corruptions:
+        part = dataset.shuffle(seed=0).select(range(min(corruptions, len(dataset))))
+        robustness = measure_robustness(run, model.device, part)
     hub_name, revision = runs.split_revision(name)
     is_local = runs.is_local(hub_name)
     return {
@@ -113,12 +113,12 @@ def evaluate(
             "sha256": content_hash(dataset),
         },
         "labels": labels,
-        **scores,
+        **_scores(logits, truth),
         "predictions": logits.argmax(dim=1).tolist(),
         "confidences": [round(p, 4) for p in logits.softmax(dim=1).amax(dim=1).tolist()],
         "ood": detection,
         "calibration": calibration,
-        "without_near_duplicates": _without(duplicate_rows(source, split), logits, truth),
+        "without_near_duplicates": duplicates and _without(duplicates, logits, truth),
         "robustness": robustness,
         "recipe": settings,
         "dtype": "bfloat16" if bf16 else "float32",
@@ -133,78 +133,53 @@ def save(results: dict, folder: Path) -> None:
     """Save `evaluation_results.json`, and `.txt` to read, in a run's results folder."""
     runs.write_json(folder / "evaluation_results.json", results)
     (folder / "evaluation_results.txt").write_text(as_text(results), "utf-8")
-    runs.record_files(
-        folder,
-        {"evaluation_results.json": None, "evaluation_results.txt": None},
-        results["model"]["sha256"]["model.safetensors"],
-    )
+    files = dict.fromkeys(("evaluation_results.json", "evaluation_results.txt"))
+    runs.record_files(folder, files, results["model"]["sha256"]["model.safetensors"])
     runs.link_results(folder, "evaluation_results.txt")
 
 
 def as_text(results: dict) -> str:
     """Return the results as a report to read."""
-    model, dataset, labels = results["model"], results["dataset"], results["labels"]
-    revision = f" @ {model['revision']}" if model["revision"] else ""
-    detection = "not measured: the dataset has no validation images"
-    if rates := results["ood"]:
-        accepted = {dataset["split"]: rates["pass_rate"][dataset["split"]]} | rates["ood_datasets"]
-        detection = f"images taken for in-distribution ({rates['score']} score): " + ", ".join(
-            f"{name} {rate:.1%}" for name, rate in accepted.items()
-        )
-    lines = [
-        f"Accuracy       {_with_interval(results, 'accuracy')}",
-        f"Balanced       {results['balanced_accuracy']:.2%}, the mean over classes",
-        f"Macro-F1       {results['macro_f1']:.4f}",
-        f"NLL            {results['nll']:.4f}",
-        f"ECE            {results['ece']:.4f}",
-    ]
-    if part := results["without_near_duplicates"]:
-        lines.append(
-            f"No duplicates  {_with_interval(part, 'accuracy')}, without {part['removed']} images "
-            "that are in train too"
-        )
+    model, dataset, entries = results["model"], results["dataset"], {}
+    for name, part, key in (
+        ("Accuracy", results, "accuracy"),
+        ("Deduplicated", results["without_near_duplicates"], "accuracy"),
+        ("Corrupted", results["robustness"], "mean_accuracy"),
+    ):
+        if part:
+            low, high = part[f"{key}_interval"]
+            entries[name] = f"{part[key]:.2%}  (95 % interval {low:.2%} to {high:.2%})"
+    entries["Balanced"] = f"{results['balanced_accuracy']:.2%}, the mean over classes"
+    for name, key in (("Macro-F1", "macro_f1"), ("NLL", "nll"), ("ECE", "ece")):
+        entries[name] = f"{results[key]:.4f}"
     if calibration := results["calibration"]:
         before, after = (calibration[key]["ece"] for key in ("before", "after"))
-        lines.append(
-            f"Temperature    {calibration['temperature']:.3f}: ECE {before:.4f} to {after:.4f}"
-        )
-    if robustness := results["robustness"]:
-        lines.append(f"Corrupted      {_with_interval(robustness, 'mean_accuracy')}")
-    width = max(map(len, labels))
-    lines += [
-        "",
-        f"Model          {model['name']}{revision}, {model['image_size']} px, "
-        f"{model['parameters'] / 1e6:.1f} M parameters",
-        f"Weights        sha256 {model['sha256']['model.safetensors']}",
-        f"Dataset        {dataset['name']}, split {dataset['split']}, {dataset['images']:,} images",
-        f"OOD detection  {detection}",
-        f"Evaluated in   {results['wall_s']} s on {results['hardware']}, {results['dtype']}",
-        "",
-        f"{'class':{width}}  precision  recall      f1  images",
-    ]
-    columns = (labels, *(results[key] for key in ("precision", "recall", "f1", "support")))
-    for label, precision, recall, f1, support in zip(*columns, strict=True):
-        lines.append(f"{label:{width}}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {support:6}")
-    return "\n".join(lines) + "\n"
+        text = f"{calibration['temperature']:.3f}, ECE {before:.4f} before and {after:.4f} after"
+        entries["Temperature"] = text
+    if detection := results["ood"]:
+        rates = detection["pass_rate"] | detection["ood_datasets"]
+        rates = ", ".join(f"{name} {rate:.1%}" for name, rate in rates.items())
+        entries["OOD detection"] = f"taken for in-distribution by {detection['score']}: {rates}"
+    entries |= {
+        "Model": f"{model['name']}{' @ ' + model['revision'] if model['revision'] else ''}, "
+        f"{model['image_size']} px, {model['parameters'] / 1e6:.1f} M parameters",
+        "Weights": f"sha256 {model['sha256']['model.safetensors']}",
+        "Dataset": f"{dataset['name']}, split {dataset['split']}, {dataset['images']:,} images",
+        "Evaluated in": f"{results['wall_s']} s on {results['hardware']}, {results['dtype']}",
+    }
+    keys = ("precision", "recall", "f1", "support")
+    classes = pd.DataFrame({key: results[key] for key in keys}, index=results["labels"])
+    lines = [f"{name:15}{text}" for name, text in entries.items()]
+    return "\n".join([*lines, "", classes.to_string(float_format="{:.4f}".format), ""])
 
 
-def _with_interval(results: dict, key: str) -> str:
-    low, high = results[f"{key}_interval"]
-    return f"{results[key]:.2%}  (95 % interval {low:.2%} to {high:.2%})"
-
-
-def _calibration(logits: Tensor, labels: Tensor) -> dict:
+def _scores(logits: Tensor, labels: Tensor) -> dict:
     metric = ImageClassification(keep_in_memory=True)
-    scores = metric.compute(predictions=logits.numpy(), references=labels.numpy())
-    confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
-    bins = reliability(confidence.numpy(), (predicted == labels).numpy()).tolist()
-    return {"nll": scores["nll"], "ece": scores["ece"], "bins": bins}
+    return metric.compute(predictions=logits.numpy(), references=labels.numpy())
 
 
-def _without(rows: list[int] | None, logits: Tensor, labels: Tensor) -> dict | None:
-    """The accuracy on the other rows than these; None if it is not known which these are."""
-    if rows is None:
-        return None
+def _without(rows: list[int], logits: Tensor, labels: Tensor) -> dict:
+    """The accuracy on the other rows than these."""
     correct = np.delete((logits.argmax(dim=1) == labels).numpy(), rows)
     interval = wilson_interval(int(correct.sum()), len(correct))
     accuracy = {"accuracy": float(correct.mean()), "accuracy_interval": interval}
@@ -231,7 +206,3 @@ def _dataset_revision(data: DataArguments) -> str | None:
         return None
     commit = runs.hub_commit("dataset", data.dataset, data.dataset_revision)
     return commit or data.dataset_revision or "main"  # offline: only the Hub has revisions
-
-
-def _list_classes(labels: list[str]) -> str:
-    return f"{len(labels)} classes ({', '.join(labels[:3])}{', …' if len(labels) > 3 else ''})"

@@ -8,6 +8,8 @@ The higher a score, the more an image looks like the training images:
   validation images, Lee et al. 2018, arXiv:1807.03888, with one Gaussian for all classes.
 """
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import datasets
@@ -25,7 +27,6 @@ from pipeline.data.decoding import decode
 from pipeline.data.sources import digits
 from pipeline.errors import UserError
 from pipeline.evaluation.metrics import wilson_interval
-from pipeline.evaluation.outputs import predict
 
 SCORES = ("energy", "msp", "mahalanobis")
 TARGET_TPR = 0.95
@@ -55,11 +56,7 @@ class Detector(NamedTuple):
 
 
 def load_detector(model: str) -> Detector | None:
-    """Return the detector of a model's evaluation; None if there is none of its files as they are.
-
-    Args:
-        model: A local folder, or `id@revision` on the Hub.
-    """
+    """Return the detector that was evaluated for these files of a model; None without any."""
     name, hashes = "evaluation_results.json", runs.model_hashes(model)
     for path in (runs.results_folder(model) / name, runs.model_file(model, name)):
         results = path and runs.read_json(path)
@@ -71,8 +68,8 @@ def load_detector(model: str) -> Detector | None:
 
 
 def measure_ood(
-    model, processor, validation: tuple, test: tuple, images: datasets.Dataset, split: str,
-    dataset: str, others: tuple[str, ...] = (), batch_size: int = 128, bf16: bool = False,
+    run: Callable[..., tuple], processor, validation: tuple, test: tuple, images: datasets.Dataset,
+    split: str, dataset: str, others: tuple[str, ...] = (),
 ) -> dict:  # fmt: skip
     """Fit a detector by each score, measure them on OOD datasets, and choose one.
 
@@ -80,16 +77,13 @@ def measure_ood(
     what is reported is measured on the other half.
 
     Args:
-        model: An image classifier.
-        processor: Its image processor.
-        validation: What `predict` gives for the validation split at DEPTH.
-        test: Likewise, for the evaluated split.
-        images: The evaluated split, decoded, whose patches are shuffled.
-        split: Its name.
-        dataset: Its name; if it is itself among the OOD datasets, that is left out.
+        run: `predict` of one model, with features at DEPTH.
+        processor: The model's image processor.
+        validation: What `run` gives for the validation split.
+        test: What it gives for the evaluated split, named `split`, whose decoded `images` are also
+            shown with their patches shuffled.
+        dataset: The dataset's name; one that is itself among the OOD datasets is left out there.
         others: Further OOD datasets, folders or Hub ids.
-        batch_size: Images at once in each process.
-        bf16: Compute in bfloat16.
 
     Returns:
         The detector (`score`, `threshold`, `gaussian`), its `pass_rate` of both splits, by OOD
@@ -98,12 +92,11 @@ def measure_ood(
     sets = ood_datasets(processor)
     if dataset == "digits":
         del sets["handwritten digits"]
-    builtin = [*sets, "shuffled patches"]
-    sets |= {name: load_images(name, processor) for name in others}
-    options = (batch_size, bf16, DEPTH)
-    outputs = {name: predict(model, processor, data, *options) for name, data in sets.items()}
+    outputs = {name: run(data) for name, data in sets.items()}
     part = images.shuffle(seed=0).select(range(min(IMAGES, len(images))))
-    outputs["shuffled patches"] = predict(model, processor, part, *options, shuffle_patches)
+    outputs["shuffled patches"] = run(part, transform=shuffle_patches)
+    builtin = list(outputs)
+    outputs |= {Path(name).name: run(load_images(name, processor)) for name in others}
 
     # The Gaussian is fitted on every second validation image, the threshold on the others.
     gaussian = LedoitWolf().fit(_choose(validation[2])[::2].numpy())
@@ -115,11 +108,20 @@ def measure_ood(
         inside, held_out = (detector.score(o[0], o[2]) for o in (test, validation))
         held_out = held_out[len(held_out) > 1 :: 2]
         threshold = held_out.quantile(1 - TARGET_TPR).item()
-        rates[name] = np.mean([(scores[k][::2] >= threshold).double().mean() for k in builtin])
-        table[name] = {k: _separation(inside, s[1::2], threshold) for k, s in scores.items()}
+        rates[name] = np.mean([_pass_rate(scores[key][::2], threshold) for key in builtin])
         passed = {"validation": held_out, split: inside}
-        passed = {k: (s >= threshold).double().mean().item() for k, s in passed.items()}
+        passed = {key: _pass_rate(values, threshold) for key, values in passed.items()}
         detectors[name] = {"score": name, "threshold": threshold, "pass_rate": passed}
+        table[name] = {}
+        for key, values in scores.items():
+            area, interval = auroc(inside, values[1::2])
+            rate, count = _pass_rate(values[1::2], threshold), len(values[1::2])
+            table[name][key] = {
+                "auroc": area,
+                "auroc_interval": interval,
+                "fpr95": rate,
+                "fpr95_interval": wilson_interval(round(rate * count), count),
+            }
     best = min(SCORES, key=rates.get)
     return detectors[best] | {
         "gaussian": [x.tolist() for x in gaussian] if best == "mahalanobis" else [],
@@ -131,12 +133,7 @@ def measure_ood(
 
 
 def auroc(inside: Tensor, outside: Tensor) -> tuple[float, list[float]]:
-    """Return the area under the ROC curve and its 95 % interval (DeLong et al. 1988).
-
-    Args:
-        inside: Scores (N,) of in-distribution images.
-        outside: Scores (M,) of others.
-    """
+    """Return the AUROC of scores (N,) and (M,), and its 95 % interval (DeLong et al. 1988)."""
     n, m = len(inside), len(outside)
     ranks = rankdata(torch.cat([inside, outside]))
     # The share of the other group that each image is told from: (N,) and (M,).
@@ -184,11 +181,8 @@ def shuffle_patches(images: Tensor) -> Tensor:
     return patches.transpose(3, 4).flatten(4, 5).flatten(2, 3)
 
 
-def _separation(inside: Tensor, outside: Tensor, threshold: float) -> dict:
-    area, interval = auroc(inside, outside)
-    passed, count = int((outside >= threshold).sum()), len(outside)
-    rate = {"fpr95": passed / count, "fpr95_interval": wilson_interval(passed, count)}
-    return {"auroc": area, "auroc_interval": interval, **rate, "images": count}
+def _pass_rate(scores: Tensor, threshold: float) -> float:
+    return (scores >= threshold).double().mean().item()
 
 
 def _choose(features: Tensor) -> Tensor:
@@ -198,7 +192,5 @@ def _choose(features: Tensor) -> Tensor:
 
 
 def _decode(images: list[Image.Image], processor) -> datasets.Dataset:
-    dataset = datasets.Dataset.from_dict({"image": images, "row": range(len(images))}).add_column(
-        "label", [0] * len(images), feature=datasets.ClassLabel(names=["other"])
-    )
-    return decode(dataset.cast_column("image", datasets.Image()), processor)
+    columns = {"image": images, "row": range(len(images)), "label": [0] * len(images)}
+    return decode(datasets.Dataset.from_dict(columns), processor)

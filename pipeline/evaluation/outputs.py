@@ -53,9 +53,7 @@ def predict(
 def pool_layer(output, depth: float) -> Tensor:
     """Return a layer's features, averaged over tokens or pixels: float32 (B, D).
 
-    Args:
-        output: Of a model with `output_hidden_states`; where it has none, its logits stand in.
-        depth: From 0, the first layer, to 1, the last.
+    `depth` goes from 0, the first layer, to 1. Logits stand in where a model gives no layers.
     """
     layers = getattr(output, "hidden_states", None) or (output.logits,)
     layer = layers[round(depth * (len(layers) - 1))].float()

@@ -4,7 +4,6 @@ The answers are those of `transformers.pipeline()`; memory does not grow with th
 """
 
 import glob
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from pipeline.data.decoding import open_image
+from pipeline.data.folders import walk
 from pipeline.data.loading import load_raw
 from pipeline.data.transforms import fit_image, input_size, preprocess
 from pipeline.errors import UserError
@@ -54,7 +54,7 @@ def find_images(patterns: list[str]) -> Iterator[Item]:
         found = False
         for path in map(Path, paths):
             # Each folder's files by name; a whole list would not fit for millions.
-            files = [path] if path.is_file() else _walk(path)
+            files = [path] if path.is_file() else (p for p in walk(path) if p.is_file())
             for file in files:
                 if file.suffix.lower() in suffixes or file == path:
                     found = True
@@ -190,9 +190,3 @@ def _prepare_ahead(items: Iterable[Item], prepare, pool: ThreadPoolExecutor, siz
         ready = coming
     if ready:
         yield [(item, future.result()) for item, future in ready]
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for root, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
-        yield from (Path(root) / file for file in sorted(files))

@@ -6,6 +6,8 @@ files are written and read by Pillow.
 """
 
 import io
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,7 +17,6 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from pipeline.data.transforms import resize_weights
-from pipeline.evaluation.outputs import predict
 
 SMALL = 64  # pixels, of the longer side
 # The parameter of each severity: CIFAR-10-C's, ImageNet-C's.
@@ -32,45 +33,30 @@ PARAMETERS = {
 }
 
 
-def measure_robustness(
-    model, processor, dataset: Dataset, batch_size: int = 128, seed: int = 0
-) -> dict:
+def measure_robustness(run: Callable[..., tuple], device: torch.device, dataset: Dataset) -> dict:
     """Measure the accuracy of a model under each corruption and severity.
 
     Args:
-        model: An image classifier.
-        processor: Its image processor.
+        run: `predict` with a model, of a decoded dataset.
+        device: Where it runs.
         dataset: A decoded split.
-        batch_size: Images at once in each process.
-        seed: Of the noise.
 
     Returns:
         `accuracy`, five values by corruption; `mean_accuracy` of them all, with its 95 % interval
-        over images; `clean_accuracy`; the number of `images`.
+        over images; the number of `images`.
     """
-
-    def is_correct(transform=lambda images: images) -> np.ndarray:  # bool (N,)
-        options = {"batch_size": batch_size, "transform": transform}
-        logits, labels = predict(model, processor, dataset, **options)
-        return (logits.argmax(dim=1) == labels).numpy()
-
-    clean, correct = is_correct(), {}
+    accuracy, correct = {}, []
     for name in PARAMETERS:
-        generator = Generator(model.device).manual_seed(seed)
-        correct[name] = [
-            is_correct(lambda x, name=name, s=severity, g=generator: corrupt(x, name, s, g))
-            for severity in range(1, 6)
-        ]
-    by_image = np.mean([*correct.values()], axis=(0, 1))  # (N,)
-    mean, reach = by_image.mean(), 1.96 * by_image.std() / len(by_image) ** 0.5
-    return {
-        "accuracy": {name: np.mean(rows, axis=1).tolist() for name, rows in correct.items()},
-        "mean_accuracy": float(mean),
-        "mean_accuracy_interval": [float(mean - reach), float(mean + reach)],
-        "clean_accuracy": float(clean.mean()),
-        "images": len(by_image),
-        "seed": seed,
-    }
+        generator, accuracy[name] = Generator(device).manual_seed(0), []
+        for severity in range(1, 6):
+            options = {"name": name, "severity": severity, "generator": generator}
+            logits, labels, *_ = run(dataset, transform=partial(corrupt, **options))
+            correct.append((logits.argmax(dim=1) == labels).numpy())
+            accuracy[name].append(float(correct[-1].mean()))
+    by_image = np.mean(correct, axis=0)  # (N,)
+    mean, reach = float(by_image.mean()), float(1.96 * by_image.std() / len(by_image) ** 0.5)
+    interval = {"mean_accuracy_interval": [mean - reach, mean + reach]}
+    return {"accuracy": accuracy, "mean_accuracy": mean, "images": len(by_image)} | interval
 
 
 def corrupt(images: Tensor, name: str, severity: int, generator: Generator) -> Tensor:
@@ -90,11 +76,11 @@ def corrupt(images: Tensor, name: str, severity: int, generator: Generator) -> T
 
 
 def _normal(x: Tensor, generator: Generator) -> Tensor:
-    return torch.randn(x.shape, device=x.device, generator=generator)
+    return torch.empty_like(x).normal_(generator=generator)
 
 
 def _impulse_noise(x: Tensor, amount: float, generator: Generator) -> Tensor:
-    draws = torch.rand(x.shape, device=x.device, generator=generator)
+    draws = torch.empty_like(x).uniform_(generator=generator)
     return torch.where(draws < amount / 2, 0.0, torch.where(draws < amount, 1.0, x))
 
 

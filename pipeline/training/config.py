@@ -75,7 +75,7 @@ def load_config(arguments: ModelArguments) -> PreTrainedConfig:
 
 def training_sizes(arguments: ModelArguments) -> list[int]:
     """Return the sizes, in pixels, of the images that a recipe trains at; the last is saved."""
-    return list((arguments.image_size_schedule or {0: arguments.image_size}).values())
+    return list((arguments.image_size_schedule or {"0": arguments.image_size}).values())
 
 
 def config_parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:

@@ -117,8 +117,8 @@ class ImageTrainer(Trainer):
     def training_size(self) -> int:
         """Return the image size, in pixels, of the step that comes next."""
         options, done = self.recipe.model, self.state.global_step / self.state.max_steps
-        schedule = options.image_size_schedule or {0: options.image_size}
-        return next(size for share, size in reversed(schedule.items()) if share <= done)
+        schedule = options.image_size_schedule or {"0": options.image_size}
+        return next(size for share, size in reversed(schedule.items()) if float(share) <= done)
 
     def loss(self, outputs, labels, num_items_in_batch=None) -> torch.Tensor:
         """Return the cross-entropy over the images of all processes and accumulated batches.

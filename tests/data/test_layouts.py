@@ -11,13 +11,14 @@ import pytest
 
 from layouts import LAYOUTS, csv_beside_the_folder
 from pipeline.data.decoding import hash_file, hash_files
+from pipeline.data.folders import walk
 from pipeline.data.loading import load_raw
 from pipeline.data.sources import load_source
 from pipeline.data.streaming import load_stream
 from pipeline.errors import UserError
 from pipeline.recipe import DataArguments
 from pipeline.runs import read_json
-from samples import ROOT
+from samples import ROOT, draw_image
 
 
 @pytest.fixture(params=LAYOUTS, ids=lambda layout: layout.__name__)
@@ -121,3 +122,14 @@ def test_a_folder_with_a_csv_beside_it_goes_through_three_commands(here, backbon
     assert results["support"] == [3, 3]
     assert "Drew" in make("visualize")
     assert (here / "results/vit-base/visualizations/overview.png").is_file()
+
+
+def test_loops_of_links_end(tmp_path):
+    for name, other in (("cat", "dog"), ("dog", "cat")):
+        (tmp_path / name).mkdir()
+        draw_image(len(name)).save(tmp_path / name / "0.png")
+        (tmp_path / name / "link").symlink_to(tmp_path / other)
+    files = [path for path in walk(tmp_path) if path.is_file()]
+    assert [str(path.relative_to(tmp_path)) for path in files] == [
+        "cat/0.png", "cat/link/0.png", "dog/0.png", "dog/link/0.png",
+    ]  # fmt: skip

@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -47,8 +49,10 @@ def test_small_images_get_the_parameters_of_cifar_10_c():
 def test_robustness_is_the_accuracy_on_corrupted_images(measured):
     model, processor = load_model("models/tiny")
     test = load_split(DataArguments(dataset="digits"), "test", processor).select(range(40))
-    results = measure_robustness(model, processor, test)
-    assert results == measure_robustness(model, processor, test, batch_size=40)
+    run = partial(predict, model, processor)
+    results = measure_robustness(run, model.device, test)
+    again = measure_robustness(partial(run, batch_size=40), model.device, test)
+    assert results == again
     table = results["accuracy"]
     assert set(table) == set(PARAMETERS)
     assert results["mean_accuracy"] == pytest.approx(np.mean([*table.values()]))
@@ -56,5 +60,5 @@ def test_robustness_is_the_accuracy_on_corrupted_images(measured):
     assert low < results["mean_accuracy"] < high
     pixels = torch.tensor(test["image"][:], dtype=torch.uint8)
     contrast = corrupt(pixels, "contrast", 5, torch.Generator())
-    logits, labels = predict(model, processor, test, transform=lambda _: contrast)
+    logits, labels = run(test, transform=lambda _: contrast)
     assert table["contrast"][4] == (logits.argmax(dim=1) == labels).double().mean().item()

@@ -90,6 +90,32 @@ def test_the_tables_have_the_numbers_of_the_results(results):
         assert rest_of_the_template not in text
 
 
+def test_what_else_was_measured_has_its_section(results):
+    text = render(results, ["reliability.png"])
+    for score in ("energy", "msp", "mahalanobis"):
+        entry = results["ood"]["scores"][score]["uniform noise"]
+        assert f"| uniform noise | {score} | {entry['auroc']:.4f} (" in text
+    assert f"| after | {results['calibration']['after']['ece']:.4f} |" in text
+    assert "(reliability.png)" in text
+    for absent in ("near-duplicates", "corruptions", "seed"):
+        assert absent not in text.split("## Usage")[0]
+    share = {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6], "images": 300, "removed": 60}
+    results["without_near_duplicates"] = share
+    results["robustness"] = {
+        "accuracy": {"shot_noise": [0.5, 0.4, 0.3, 0.2, 0.1]}, "images": 90,
+        "mean_accuracy": 0.3, "mean_accuracy_interval": [0.25, 0.35],
+    }  # fmt: skip
+    seeds = {"mean": 0.52, "interval": [0.47, 0.57], "values": [0.5, 0.52, 0.54]}
+    results["seeds"] = {"accuracy": seeds}
+    text = render(results)
+    assert "On the 300 of them without near-duplicates" in text
+    assert "it is 50.00 % (40.00 % to 60.00 %)" in text
+    assert "is 30.00 % (25.00 % to 35.00 %)" in text
+    assert "of 3 runs that differ by their seed is 52.00 % (95 % interval of the mean" in text
+    assert "| shot noise | 50.00 % | 40.00 % | 30.00 % | 20.00 % | 10.00 % |" in text
+    assert "\n\n\n" not in text
+
+
 def test_the_classes_are_folded_and_many_are_not_listed(results):
     assert "10 classes: 0, 1, 2, 3" in render(results)
     results["labels"] = [f"class {i} | {i}" for i in range(21)]

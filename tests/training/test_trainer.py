@@ -18,7 +18,7 @@ from pipeline.data.loading import load_splits
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.metrics import wilson_interval
-from pipeline.recipe import load_recipe
+from pipeline.recipe import load_recipe, load_settings
 from pipeline.training.checkpoints import last_checkpoint
 from pipeline.training.model import build_model, build_processor
 from pipeline.training.train import train
@@ -116,7 +116,11 @@ def test_a_schedule_trains_at_its_sizes_and_saves_the_last(tiny_recipe, here, mo
     train(load_recipe(tiny_recipe, ["--max_steps=9", *SCHEDULE], "run"))
     assert sizes == [16] * 4 + [32] * 3 + [48] * 2
     assert json.loads((here / "models/run/config.json").read_text())["image_size"] == 48
-    assert evaluate("models/run", load_recipe(tiny_recipe).data)["model"]["image_size"] == 48
+    results = json.loads(json.dumps(evaluate("models/run", load_recipe(tiny_recipe).data)))
+    assert results["model"]["image_size"] == 48
+    assert results["recipe"] == load_settings("models/run")  # the same as YAML and as JSON
+    recipe = load_recipe(str(here / "models/run/recipe.yaml"))
+    assert recipe.model.image_size_schedule == {"0": 16, "0.34": 32, "0.67": 48}
 
 
 @pytest.mark.parametrize(
