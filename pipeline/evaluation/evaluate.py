@@ -73,7 +73,7 @@ def evaluate(
     started = time.monotonic()
     logits, truth, _ = test = run(dataset)
     wall = time.monotonic() - started
-    duplicates = duplicate_rows(source, split)
+    duplicates = duplicate_rows(source, split)  # None if there is no audit
     detection = calibration = robustness = None
     if "validation" in splits:  # unlike in a dataset that has a test split only
         validation = run(splits["validation"])
@@ -118,7 +118,7 @@ def evaluate(
         "confidences": [round(p, 4) for p in logits.softmax(dim=1).amax(dim=1).tolist()],
         "ood": detection,
         "calibration": calibration,
-        "without_near_duplicates": duplicates and _without(duplicates, logits, truth),
+        "without_near_duplicates": _without(duplicates, logits, truth),
         "robustness": robustness,
         "recipe": settings,
         "dtype": "bfloat16" if bf16 else "float32",
@@ -178,8 +178,10 @@ def _scores(logits: Tensor, labels: Tensor) -> dict:
     return metric.compute(predictions=logits.numpy(), references=labels.numpy())
 
 
-def _without(rows: list[int], logits: Tensor, labels: Tensor) -> dict:
-    """The accuracy on the other rows than these."""
+def _without(rows: list[int] | None, logits: Tensor, labels: Tensor) -> dict | None:
+    """The accuracy on the other rows than these; None if it is not known which these are."""
+    if rows is None:
+        return None
     correct = np.delete((logits.argmax(dim=1) == labels).numpy(), rows)
     interval = wilson_interval(int(correct.sum()), len(correct))
     accuracy = {"accuracy": float(correct.mean()), "accuracy_interval": interval}

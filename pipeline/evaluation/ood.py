@@ -106,7 +106,7 @@ def measure_ood(
         detector = Detector(name, 0.0, *gaussian)
         scores = {key: detector.score(o[0], o[2]) for key, o in outputs.items()}
         inside, held_out = (detector.score(o[0], o[2]) for o in (test, validation))
-        held_out = held_out[len(held_out) > 1 :: 2]
+        held_out = _second_half(held_out)
         threshold = held_out.quantile(1 - TARGET_TPR).item()
         rates[name] = np.mean([_pass_rate(scores[key][::2], threshold) for key in builtin])
         passed = {"validation": held_out, split: inside}
@@ -114,8 +114,8 @@ def measure_ood(
         detectors[name] = {"score": name, "threshold": threshold, "pass_rate": passed}
         table[name] = {}
         for key, values in scores.items():
-            area, interval = auroc(inside, values[1::2])
-            rate, count = _pass_rate(values[1::2], threshold), len(values[1::2])
+            area, interval = auroc(inside, _second_half(values))
+            rate, count = _pass_rate(_second_half(values), threshold), len(_second_half(values))
             table[name][key] = {
                 "auroc": area,
                 "auroc_interval": interval,
@@ -183,6 +183,10 @@ def shuffle_patches(images: Tensor) -> Tensor:
 
 def _pass_rate(scores: Tensor, threshold: float) -> float:
     return (scores >= threshold).double().mean().item()
+
+
+def _second_half(values: Tensor) -> Tensor:
+    return values[int(len(values) > 1) :: 2]  # of one image, that one
 
 
 def _choose(features: Tensor) -> Tensor:

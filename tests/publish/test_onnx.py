@@ -43,7 +43,8 @@ def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
-        recipe = load_recipe("demo", ["--num_train_epochs=8", "--disable_tqdm"], "run")
+        options = ["--num_train_epochs=8", "--learning_rate=1e-3", "--image_size_schedule={0: 32}"]
+        recipe = load_recipe("demo", [*options, "--disable_tqdm"], "run")
         train(recipe)
         save(evaluate("models/run", recipe.data), Path("results/run"))
         onnx.export("models/run", recipe.data)
