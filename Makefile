@@ -114,10 +114,10 @@ demo: setup ## the whole pipeline on scikit-learn's digits, in minutes | make de
 	@echo "Open its page: make app MODEL=models/demo"
 
 test: .venv/.tests ## run the quick tests, three minutes | make test
-	$(PY) -m pytest -q -n auto -m "not slow"
+	$(PY) -m pytest -q -n auto --dist loadfile -m "not slow"
 
 test-all: .venv/.tests ## run all tests | make test-all
-	$(PY) -m pytest -q -n auto --dist worksteal
+	$(PY) -m pytest -q -n auto --dist loadfile
 
 lint: .venv/.tests ## check the code's form and who imports whom | make lint
 	$(BIN)/ruff check .
