@@ -27,6 +27,7 @@ plt.rcParams |= {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": "medium",
+    "grid.alpha": 0.25,
 }
 
 
@@ -67,8 +68,8 @@ def training_curves(log: list[dict], path: Path) -> bool:
     left.set(xlabel="epoch", ylabel="cross-entropy", title="Loss", ylim=(0, None))
     left.legend(frameon=False)
     right.set(xlabel="epoch", ylabel="%", title="Validation accuracy")
-    for axes in (left, right):
-        axes.grid(alpha=0.25)
+    left.grid()
+    right.grid()
     _save(figure, path)
     return True
 
@@ -109,7 +110,7 @@ def reliability_diagram(bins: dict[str, list[list[float]]], path: Path) -> None:
         axes.scatter(confidence, accuracy, 3 + 100 * counts / counts.sum(), color=color)
     axes.set(xlabel="confidence", ylabel="accuracy", title="Reliability, points by their images")
     axes.legend(frameon=False)
-    axes.grid(alpha=0.25)
+    axes.grid()
     _save(figure, path)
 
 
@@ -151,16 +152,15 @@ def faithfulness_curves(curves: dict[str, dict[str, list[float]]], path: Path) -
             )  # fmt: skip
         verb = "masked" if kind == "deletion" else "shown"
         axis.set(title=f"{kind.capitalize()}, {hint}", xlabel=f"patches {verb}, %", ylim=(0, 1))
-        axis.grid(alpha=0.25)
+        axis.grid()
     axes[0].set_ylabel("probability of the predicted class")
     axes[1].legend(frameon=False)
     _save(figure, path)
 
 
 def _matrix(shades: np.ndarray, texts: list[list[str]], rows, columns):
-    figure, axes = plt.subplots(
-        figsize=(max(4.0, 0.55 * len(columns) + 1.5), max(4.0, 0.55 * len(rows) + 1.5))
-    )
+    sides = (max(4.0, 0.55 * len(names) + 1.5) for names in (columns, rows))
+    figure, axes = plt.subplots(figsize=tuple(sides))
     axes.imshow(shades, cmap="Blues", vmin=0, vmax=1.15)
     for row, column in np.ndindex(shades.shape):
         color = "white" if shades[row, column] > 0.67 else "black"

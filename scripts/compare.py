@@ -53,8 +53,8 @@ def main() -> None:
         f"Only the first is right on {report['only_first']} images, only the second on "
         f"{report['only_second']}: the runs {verdict} (McNemar, p = {report['p_value']:.2g})."
     )
-    for name, entry in report["by_class"].items():
-        print(f"  {name:12} -{entry['only_first']} +{entry['only_second']}")
+    changes = report["by_class"].items()
+    print(", ".join(f"{name} -{n['only_first']} +{n['only_second']}" for name, n in changes))
     print(f"Saved: {folder}")
 
 

@@ -28,7 +28,7 @@ from pipeline.data.loading import fingerprint, load_raw
 from pipeline.data.sources import Source, load_source
 from pipeline.data.splits import class_numbers
 from pipeline.errors import UserError, shorten
-from pipeline.evaluation.duplicates import SIDE, exact_duplicates, group, near_duplicates
+from pipeline.evaluation.duplicates import SIDE, group, near_duplicates
 from pipeline.evaluation.outputs import predict
 from pipeline.recipe import DataArguments, ModelArguments, load_settings
 from pipeline.training.model import build_model, build_processor
@@ -66,15 +66,18 @@ def audit(
         features = _embed(whole.select(readable), model, image_size, source.names)
         found = label_errors(features, table["code"].to_numpy()[readable])
     pairs, correlations = near_duplicates(thumbnails[readable], features)
-    exact = exact_duplicates(table["hash"].to_numpy()[readable])
-    table["group"] = group(readable[np.concatenate([pairs, exact])], len(table))
+    hashes = table["hash"][readable]
+    first = hashes.groupby(hashes).transform(lambda same: same.index[0]).to_numpy(int)
+    exact = np.stack([first, readable], axis=1)[first != readable]
+    table["group"] = group(np.concatenate([readable[pairs], exact]), len(table))
 
     def entry(rows, **more) -> dict:
-        images = table.iloc[readable[rows]].reset_index(names="rows")
+        images = table.iloc[rows].reset_index(names="rows")
         return images[["rows", "images", "splits", "labels"]].to_dict("list") | more
 
-    near = [entry(p, correlation=c) for p, c in zip(pairs, correlations.tolist(), strict=True)]
-    errors = [entry([i], suggested=source.names[k], probability=p) for i, k, p in found]
+    near = zip(readable[pairs], correlations.tolist(), strict=True)
+    near = [entry(pair, correlation=correlation) for pair, correlation in near]
+    errors = [entry(readable[[i]], suggested=source.names[k], probability=p) for i, k, p in found]
     report = {
         "dataset": data.dataset,
         "fingerprint": fingerprint(source),

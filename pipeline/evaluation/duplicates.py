@@ -1,6 +1,6 @@
-"""Find exact and near-duplicates among images, by thumbnails.
+"""Find near-duplicates among images, by thumbnails.
 
-Candidates for near-duplicates (Barz & Denzler 2020, arXiv:1902.00423) are nearest neighbors by
+Candidates (Barz & Denzler 2020, arXiv:1902.00423) are nearest neighbors by
 low-resolution colors, and by features where a model gives them. A pair counts if the images
 correlate once they are aligned, both as they are and band-passed: a smooth background correlates
 with any other, contours don't.
@@ -45,13 +45,6 @@ def near_duplicates(
     correlations = torch.cat([_correlate(images, part) for part in pairs.split(BLOCK)])
     order = correlations.argsort(descending=True)[: int((correlations >= CORRELATION).sum())]
     return pairs[order].numpy(), correlations[order].numpy()
-
-
-def exact_duplicates(hashes: np.ndarray) -> np.ndarray:
-    """Return pairs of rows int64 (P, 2) that connect all images of the same hash (N,)."""
-    order = np.argsort(hashes, kind="stable")
-    same = hashes[order][1:] == hashes[order][:-1]
-    return np.stack([order[:-1][same], order[1:][same]], axis=1)
 
 
 def group(pairs: np.ndarray, count: int) -> np.ndarray:

@@ -25,16 +25,12 @@ class ImageClassification(evaluate.Metric):
     """
 
     def _info(self) -> evaluate.MetricInfo:
+        logits, label = datasets.List(datasets.Value("float32")), datasets.Value("int64")
         return evaluate.MetricInfo(
             description=__doc__,
             citation="",
             inputs_description=self.__class__.__doc__,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.List(datasets.Value("float32")),
-                    "references": datasets.Value("int64"),
-                }
-            ),
+            features=datasets.Features({"predictions": logits, "references": label}),
         )
 
     def _compute(self, predictions, references) -> dict:
