@@ -107,10 +107,9 @@ bench: setup ## compare with transformers' example script | make bench ARGS="--q
 demo: setup ## the whole pipeline on scikit-learn's digits, in minutes | make demo
 	$(PY) scripts/train_vit.py --recipe demo $(ARGS)
 	$(PY) scripts/evaluate_vit.py --model models/demo
-	$(PY) scripts/visualize_attention.py --model models/demo
+	$(PY) scripts/visualize_attention.py --model models/demo --faithfulness=100
 	rm -rf results/demo/hub
 	$(LOCAL_HUB) scripts/push_to_hub.py me/demo --model models/demo --license apache-2.0 --tag v1
-	$(LOCAL_HUB) scripts/predict.py --model me/demo@v1 --max_images 5
 	@echo "Open its page: make app MODEL=models/demo"
 
 test: .venv/.tests ## run the quick tests, three minutes | make test

@@ -128,7 +128,7 @@ def image_sheet(
         axes.axis("off")
     for axes, (caption, image) in zip(grid.flat, images, strict=False):
         axes.imshow(image)
-        axes.set_title(caption, fontsize="small")
+        axes.set_title(caption, fontsize="small", y=1)  # y: no search for room
     figure.suptitle(title.replace("\n", ", "), fontsize="medium")
     if colors:
         shrink = min(0.8, 3 / figure.get_figheight())  # at most 3 inches high

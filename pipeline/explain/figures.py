@@ -153,9 +153,8 @@ def draw(
                 plots.image_sheet(overlays, 6, path, attention.COLORMAP, title)
                 files[path] = example.owner
             if any(example is other for other in shown):
-                (_, plain), last = panels["overlay"]
-                methods = [panels["rollout"][1], panels["relevance"][1]]
-                sheet += [(title, plain), last, *methods]
+                (_, plain), *methods = panels["methods"]
+                sheet += [(title, plain), *methods]
     path = folder / "overview.png"
     plots.image_sheet(sheet, 4, path, attention.COLORMAP)
     owners = {example.owner for example in shown}
@@ -174,11 +173,14 @@ def _panels(
     number = range(maps.heads.shape[1])[layer]  # -1 as the last
     target = labels[int(maps.classes[i])]
     return {
-        "overlay": [plain, overlay(f"layer {number}", maps.select("mean", layer)[i])],
+        "methods": [
+            plain,
+            overlay(f"layer {number}", maps.select("mean", layer)[i]),
+            overlay("rollout", maps.rollout[i]),
+            overlay(f"relevance for {target}", maps.relevance[i]),
+        ],
         "layers": [overlay(f"layer {n}", m) for n, m in enumerate(maps.heads[i].mean(dim=1))],
         "heads": [overlay(f"head {n}", m) for n, m in enumerate(maps.heads[i, layer])],
-        "rollout": [plain, overlay("rollout", maps.rollout[i])],
-        "relevance": [plain, overlay(f"relevance for {target}", maps.relevance[i])],
     }
 
 

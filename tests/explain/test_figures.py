@@ -35,7 +35,7 @@ def test_every_figure_is_drawn_for_files_and_rows(model, here):
     examples += figures.examples_from_rows(test, [7])
     files = figures.draw(*model, examples, here / "out", layer=0, head=1, target="3")
     name = f"00007_{test[7]['label']}"
-    kinds = ("overlay", "layers", "heads", "rollout", "relevance")
+    kinds = ("methods", "layers", "heads")
     expected = {f"{n}_{kind}.png" for n in ("my_photo", name) for kind in kinds} | {"overview.png"}
     assert {f.name for f in files} == {f.name for f in (here / "out").iterdir()} == expected
     for file in files:
