@@ -14,12 +14,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from pipeline.errors import UserError
-from pipeline.recipe_checks import (
-    LOWER_IS_BETTER,
-    NON_SEMANTIC_KEYS,
-    check_keys,
-    check_values,
-)
+from pipeline.recipe_checks import LOWER_IS_BETTER, NON_SEMANTIC_KEYS, check_keys, check_values
 from pipeline.runs import MODELS, check_run_name, model_file, pin
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -138,10 +133,12 @@ class Recipe:
 
     @property
     def model_folder(self) -> Path:
+        """Where the trained model is saved."""
         return MODELS / self.run
 
     @property
     def checkpoint_folder(self) -> Path:
+        """Where checkpoints are kept."""
         return Path(self.training.output_dir)
 
     def pin_sources(self, resume: bool) -> None:
@@ -159,6 +156,7 @@ class Recipe:
                 self.settings[attribute] = value
 
     def save(self, folder: Path) -> None:
+        """Write `recipe.yaml`, from which `load_recipe` gives the same run again."""
         (folder / "recipe.yaml").write_text(to_yaml(self.settings), "utf-8")
 
 

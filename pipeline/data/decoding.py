@@ -55,8 +55,11 @@ def open_image(source: bytes | str | os.PathLike | dict | None, name: str) -> Im
 
 
 def read_image(source: bytes | str | os.PathLike | dict | None) -> bytes:
-    """Return an image file, given its content, its path (also one that fsspec knows, as
-    `hf://...`), or a cell {"bytes", "path"} of an undecoded image column; b"" for an empty cell.
+    """Return an image file's content; b"" for an empty cell.
+
+    Args:
+        source: The content itself, a path (also one that fsspec knows, as `hf://...`), or a cell
+            {"bytes", "path"} of an undecoded image column.
     """
     if isinstance(source, dict):
         source = source["path"] if source["bytes"] is None else source["bytes"]

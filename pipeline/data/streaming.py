@@ -148,8 +148,12 @@ class ImageStream(torch.utils.data.IterableDataset):
         (folder / self._file()).write_text(json.dumps(self.state), "utf-8")
 
     def resume(self, folder: Path) -> None:
-        """Go on from where `save` was, without what the shuffle buffer held then: see
-        `IterableDataset.load_state_dict`. UserError if that was with other processes.
+        """Go on from where `save` was, without what the shuffle buffer held then.
+
+        That is how `IterableDataset.load_state_dict` resumes.
+
+        Raises:
+            UserError: The state is not of a run in as many processes.
         """
         try:
             self.state = json.loads((folder / self._file()).read_text("utf-8"))

@@ -179,6 +179,7 @@ def mix(
     Args:
         images: float (B, 3, S, S), returned mixed.
         labels: int64 (B,), returned soft, float (B, num_classes).
+        num_classes: Of the model.
         mixup: Parameter of the Beta distribution; 0 is off.
         cutmix: Likewise.
         generator: On the CPU.

@@ -80,8 +80,9 @@ def measure_ood(
         run: `predict` of one model, with features at DEPTH.
         processor: The model's image processor.
         validation: What `run` gives for the validation split.
-        test: What it gives for the evaluated split, named `split`, whose decoded `images` are also
-            shown with their patches shuffled.
+        test: What it gives for the evaluated split.
+        images: The decoded images of that split, shown with their patches shuffled too.
+        split: Its name.
         dataset: The dataset's name; one that is itself among the OOD datasets is left out there.
         others: Further OOD datasets, folders or Hub ids.
 

@@ -192,7 +192,7 @@ def _title(logits: torch.Tensor, labels: dict[int, str], label: str | None) -> s
 
 
 def _pixels(images: list[Image.Image], processor) -> torch.Tensor:
-    """float (B, 3, S, S); one by one, since files differ in size."""
+    """Return float (B, 3, S, S), made one by one, since files differ in size."""
     tensors = [torch.tensor(np.asarray(image)).permute(2, 0, 1)[None] for image in images]
     return torch.cat([preprocess(tensor, processor) for tensor in tensors])
 

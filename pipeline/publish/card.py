@@ -41,6 +41,7 @@ def mismatches(text: str, expected: str) -> list[str]:
 
 
 def percent(ratio: float) -> str:
+    """Write 0.953 as "95.30 %"."""
     return f"{100 * ratio:.2f} %"
 
 

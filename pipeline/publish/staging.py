@@ -42,6 +42,10 @@ def stage_model(
     """Copy a model's published files into `folder`, and write its card and the list of all there.
 
     Args:
+        api: A client of the Hub, which tells whether the dataset is public.
+        model: The model's folder.
+        repo: The name under which it is published.
+        folder: An empty folder.
         publish_images: Publish images of the user's own and of datasets that are not public too.
         license: An identifier of the Hub; by default the backbone's.
         code_url: Where the code is; by default git's remote.
@@ -96,6 +100,8 @@ def published_files(model: Path, results: Path, shown: set) -> dict[str, Path | 
     Of the attention maps it has the overview and two more, made small.
 
     Args:
+        model: The model's folder.
+        results: The folder of its results.
         shown: Whose images figures may show: None (no images), "dataset", "user".
     """
     files = {name: model / name for name in runs.MODEL_FILES}

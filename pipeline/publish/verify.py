@@ -43,6 +43,8 @@ def verify(
     """Check files, card, metrics and predictions of a published model.
 
     Args:
+        repository: The published model.
+        revision: A branch, tag or commit; `main` by default.
         images: Size of the random sample to classify again; None for all test images, which also
             verifies the metrics that need probabilities.
         dataset: Another place of the same dataset, such as a local folder.

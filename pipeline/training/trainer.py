@@ -26,7 +26,9 @@ from pipeline.training.optimizer import parameter_groups
 
 
 class ImageTrainer(Trainer):
-    """transformers' `Trainer` for uint8 images. What is overridden, and when that can go:
+    """The `Trainer` of transformers, for uint8 images.
+
+    What is overridden, and when that can go:
 
     - `_prepare_inputs` preprocesses whole batches on the device: stays.
     - `compute_loss_func` takes soft labels, and averages over all processes: stays.
