@@ -66,8 +66,7 @@ def audit(
         features = _embed(whole.select(readable), model, image_size, source.names)
         found = label_errors(features, table["code"].to_numpy()[readable])
     pairs, correlations = near_duplicates(thumbnails[readable], features)
-    hashes = table["hash"][readable]
-    first = hashes.groupby(hashes).transform(lambda same: same.index[0]).to_numpy(int)
+    first = pd.Series(readable).groupby(table["hash"].to_numpy()[readable]).transform("first")
     exact = np.stack([first, readable], axis=1)[first != readable]
     table["group"] = group(np.concatenate([readable[pairs], exact]), len(table))
 
