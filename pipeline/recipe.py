@@ -38,20 +38,20 @@ class DataArguments:
 
     dataset: str = HfArg(
         default="uoft-cs/cifar10",
-        help="a Hub id, a local folder (parquet, or one folder per class), or digits",
+        help="a Hub id, a local folder (see the README), or digits",
     )
     dataset_config: str | None = HfArg(default=None, help="its configuration")
     dataset_revision: str | None = HfArg(default=None, help="its commit or tag")
     image_column: str | None = HfArg(default=None, help="default: the only one")
     label_column: str | None = HfArg(default=None, help="default: the only one")
     train_split: str = HfArg(default="train", help="the split to train on")
-    test_split: str = HfArg(default="test", help="the one to evaluate; if missing, part of train")
+    test_split: str = HfArg(default="test", help="the one to evaluate; if missing, 20 % of train")
     validation_split: str | None = HfArg(default=None, help="the one that picks the checkpoint")
     validation_size: float = HfArg(default=0.05, help="share of train that picks the checkpoint")
     max_train_samples: int | None = HfArg(
-        default=None, help="train on this many images only, as many of each class as there are"
+        default=None, help="train on this many images only, in the proportions of the classes"
     )
-    skip_corrupt: bool = HfArg(default=False, help="leave images that can't be read out")
+    skip_corrupt: bool = HfArg(default=False, help="skip unreadable images")
     streaming: bool = HfArg(default=False, help="read images while training, and store none")
     num_proc: int | None = HfArg(
         default=None, help="processes that decode images (threads if streaming)"

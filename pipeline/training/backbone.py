@@ -81,7 +81,7 @@ def carry_over(source: PreTrainedModel, model: PreTrainedModel) -> None:
 
 
 def fixed_size_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return SigLIP 2 NaFlex, which takes any aspect ratio, as the SigLIP that it is on squares."""
+    """Convert SigLIP 2 NaFlex to SigLIP, to which it is equivalent on square images."""
     if config.model_type != "siglip2":
         return config
     vision = config.vision_config.to_dict() | {"model_type": "siglip_vision_model"}

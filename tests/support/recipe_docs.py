@@ -1,5 +1,6 @@
 """Write docs/recipes.md from the dataclasses: `.venv/bin/python tests/support/recipe_docs.py`."""
 
+import textwrap
 from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
@@ -16,6 +17,8 @@ A recipe is a YAML file with the settings of one experiment: one of `pipeline/re
 (`RECIPE=hub:you/vit-cifar10@v1`). Each key can be overridden on the command line, as in
 `ARGS="--learning_rate=2e-4"`. All values are checked before anything is loaded.
 
+Included are `vit-base` (the default) and `dinov2-small`, which are for a GPU, `cpu` and `demo`.
+
 This page is written from the dataclasses in [`pipeline/recipe.py`](../pipeline/recipe.py) by
 `.venv/bin/python tests/support/recipe_docs.py`.
 """
@@ -24,15 +27,17 @@ FOOTER = """
 
 The other keys are those of transformers'
 [`TrainingArguments`](https://huggingface.co/docs/transformers/main_classes/trainer), such as
-`num_train_epochs`, `learning_rate` or `bf16`. `make train ARGS=--help` does not list them. Their
-defaults are those of transformers, except for:
+`num_train_epochs`, `learning_rate` or `bf16`. They are documented there. Their defaults are those
+of transformers, except for:
 
 | Key | Default |
 |:--|:--|
 {defaults}
 
-These keys concern speed, place and reporting. A run can be resumed under other values, and they are
-not published: {speed}.
+The following keys affect only speed, hardware and reporting. A run can be resumed under other
+values of them, and they are not published:
+
+{speed}
 """
 
 
@@ -50,6 +55,7 @@ def render() -> str:
             text += f"| `{key.name}` | {kind} | {default} | {key.metadata['help']} |\n"
     defaults = "\n".join(f"| `{key}` | `{_yaml(value)}` |" for key, value in DEFAULTS.items())
     speed = ", ".join(f"`{key}`" for key in sorted(NON_SEMANTIC_KEYS))
+    speed = "\n".join(textwrap.wrap(speed, 100, break_on_hyphens=False))
     return text + FOOTER.format(defaults=defaults, speed=speed)
 
 

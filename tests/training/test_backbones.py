@@ -137,8 +137,8 @@ HEAD = """# Backbones
 
 What this pipeline does with each family of transformers' image classifiers, by its `model_type`:
 measured on tiny random checkpoints by `tests/training/test_backbones.py`, which trains each for two
-steps, resumes, evaluates, and compares with `pipeline()`. What is marked "no" is refused in one
-sentence, before training starts.
+steps, resumes, evaluates, and compares with `pipeline()`. An option marked "no" is refused
+before training starts.
 
 Every weight of a checkpoint's backbone arrives, or it is an error; only the head is new. Of the
 checkpoint's image processor, the treatment of colors and the filter are kept; the recipe's `resize`
@@ -148,8 +148,9 @@ checkpoint's image processor, the treatment of colors and the filter are kept; t
 |:--|:--|:--|:--|:--|
 """
 TAIL = """
-SigLIP 2 NaFlex is trained as the SigLIP that it is on squares. Maps need a [CLS] token that the
-model classifies by. Not trained, with what the refusal says:
+SigLIP 2 NaFlex is converted to SigLIP, to which it is equivalent on square images. Maps need a
+[CLS] token that the model classifies by; `make visualize` refuses the others. Not trained, with
+what the error says:
 
 """
 
