@@ -1,4 +1,4 @@
-# Every target sets up the environment first, so that any of them works on a new machine.
+# Every target sets up the environment first where it needs it, so that any works on a new machine.
 PYTHON ?= python3#       the Python (3.11 or newer) that the environment is made from
 RECIPE ?= vit-base#      a name in pipeline/recipes, a YAML file, or hub:name/model
 DATASET ?=#              a Hub id, a local folder, or digits (default: the recipe's)
@@ -8,8 +8,8 @@ REPO ?=#                 name/model or name/space on the Hub
 NPROC ?= 1#              processes on each host
 LAUNCHER ?= ddp#         for several processes: ddp, fsdp2 or deepspeed
 NNODES ?= 1#             hosts; start the same command on each
-FLAVOR ?=#               for a job: its machine
-TIMEOUT ?=#              for a job: its time limit
+FLAVOR ?=#               hardware of a job, as a10g-small
+TIMEOUT ?=#              time limit of a job, as 2h
 RUNS ?=#                 two runs to compare
 N ?= 3#                  seeds to average
 MAIN ?=#                 for several hosts: host:port of the first one
@@ -112,13 +112,13 @@ demo: setup ## the whole pipeline on scikit-learn's digits, in minutes | make de
 	$(LOCAL_HUB) scripts/push_to_hub.py me/demo --model models/demo --license apache-2.0 --tag v1
 	@echo "Open its page: make app MODEL=models/demo"
 
-test: .venv/.tests ## run the quick tests, three minutes | make test
+test: .venv/.tests ## run the quick tests, two minutes | make test
 	$(PY) -m pytest -q -n auto --dist loadfile -m "not slow"
 
-test-all: .venv/.tests ## run all tests | make test-all
+test-all: .venv/.tests ## run all tests, a quarter of an hour | make test-all
 	$(PY) -m pytest -q -n auto --dist loadfile
 
-lint: .venv/.tests ## check the code's form and who imports whom | make lint
+lint: .venv/.tests ## check style, formatting, docstrings and the import order | make lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports

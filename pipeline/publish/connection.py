@@ -29,7 +29,7 @@ def connect(anonymous: bool = False) -> HfApi:
     """Return a client with the user's token, or if need be without one where `anonymous`."""
     token = get_token()
     if not token and not anonymous:
-        raise UserError("There is no Hub token: run `hf auth login`, or set HF_TOKEN.")
+        raise UserError("There is no Hub token: run `.venv/bin/hf auth login`, or set HF_TOKEN.")
     if token and not re.fullmatch(r"[!-~]+", token):  # HTTP libraries would quote it in the error
         raise UserError("The Hub token has characters that no token has: set HF_TOKEN again.")
     return HfApi(token=token or False)
@@ -92,7 +92,7 @@ def hub_errors(api: HfApi, repo: str) -> Iterator[None]:
             reason = f"{hub} answered {status} ({cause.server_message or 'without a message'})"
             reason += f" and asks to wait {pause} s" if pause else ""
             if status in (401, 403):
-                reason += ": run `hf auth login` with a token that can write there"
+                reason += ": run `.venv/bin/hf auth login` with a token that can write there"
         elif isinstance(cause, (TransportError, json.JSONDecodeError)):
             reason = f"{hub} can't be reached ({type(cause).__name__})"
         reason = reason.replace(api.token, "***") if api.token else reason
