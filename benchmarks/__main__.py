@@ -1,8 +1,7 @@
 """Compare this pipeline with transformers' image-classification example, on this machine.
 
-Rows: prepare-data, train-base (ViT-B/16), train-small, equal-time (test error after equal time),
-one-image, score-split, memory, demo; for an accelerator: recipe, fine-tune. What was measured
-before stays in results/ until it is measured again.
+Rows: prepare-data, training, equal-time, one-image, score-split, memory; on an accelerator: recipe.
+What was measured before stays in results/ until it is measured again.
 """
 
 import argparse
@@ -18,11 +17,11 @@ from pipeline.errors import UserError, run_main
 def main() -> None:
     parser = argparse.ArgumentParser("benchmarks", description=__doc__)
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="default: all that suit this host")
-    parser.add_argument("--quick", action="store_true", help="all but demo, small, in 3 minutes")
+    parser.add_argument("--quick", action="store_true", help="all rows, small, in 3 minutes")
     parser.add_argument("--dataset", default="digits", help="a Hub id or a local folder")
     parser.add_argument("--model", help="a pretrained backbone")
     parser.add_argument("--minutes", type=float, default=30, help="of each side in equal-time")
-    parser.add_argument("--recipe", default="dinov2-small", help="of fine-tune")
+    parser.add_argument("--recipe", default="vit-base", help="of the row recipe")
     args = parser.parse_args()
 
     # After the arguments: these take seconds to import.
@@ -32,7 +31,7 @@ def main() -> None:
     from benchmarks import machine, report, rows
     from pipeline import runs
 
-    names = args.rows or [n for n in rows.ROWS if n not in (["demo"] if args.quick else rows.LONG)]
+    names = args.rows or [name for name in rows.ROWS if args.quick or name not in rows.LONG]
     if wrong := [name for name in names if name not in rows.ROWS]:
         raise UserError(f'There is no row "{wrong[0]}"; choose from {", ".join(rows.ROWS)}.')
     logging.set_verbosity_error()

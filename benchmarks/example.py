@@ -8,11 +8,11 @@ optimizer, rate and schedule. Crop and flip are those of torchvision, done by Pi
 import random
 from collections.abc import Callable
 
-import torch
 from datasets import Dataset
 from PIL import Image, ImageOps
 from transformers import Trainer, TrainingArguments
 
+from benchmarks.machine import DEVICE
 from pipeline.recipe import ModelArguments
 from pipeline.runs import has_fast_bfloat16
 from pipeline.training.model import build_model, build_processor
@@ -20,9 +20,8 @@ from pipeline.training.model import build_model, build_processor
 # Of the guide. The `Trainer`'s own (8 images, no warm-up) lost what a backbone knew.
 GUIDE = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4, "warmup_steps": 0.1}
 # What makes the stock `Trainer` faster at no loss. On a CPU, data workers would share its cores.
-WORKERS = {"dataloader_num_workers": 8, "dataloader_persistent_workers": True}
 TUNED = {"bf16": True} if has_fast_bfloat16() else {}
-TUNED |= {"torch_compile": True, **WORKERS} if torch.accelerator.is_available() else {}
+TUNED |= {"torch_compile": True, "dataloader_num_workers": 8} if DEVICE.type != "cpu" else {}
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of torchvision's RandomResizedCrop
 
 
@@ -33,7 +32,7 @@ def build_trainer(dataset: Dataset, model: str, image_size: int, settings: dict)
     args = TrainingArguments(
         "example", save_strategy="no", logging_strategy="no", disable_tqdm=True,
         remove_unused_columns=False, dataloader_drop_last=True,
-        use_cpu=not torch.accelerator.is_available(), **settings,
+        use_cpu=DEVICE.type == "cpu", **settings,
     )  # fmt: skip
     train_set = dataset.with_transform(transform(processor))
     network = build_model(arguments, labels)

@@ -1,5 +1,6 @@
 """The machine's arithmetic limit, and how much arithmetic a model needs."""
 
+from functools import lru_cache
 from timeit import timeit
 
 import torch
@@ -10,14 +11,14 @@ DEVICE = torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 def matrix_rate(dtype: str, side: int = 256) -> float:
-    """Return the GFLOP/s of the fastest square matrix product, from this side up, in a second.
-    Larger ones follow only while they take little: in emulated bfloat16, one takes a minute."""
+    """Return the GFLOP/s of the fastest square matrix product: larger ones while they are fast."""
     matrix = torch.randn(side, side, device=DEVICE).to(getattr(torch, dtype))
     taken = min(timeit(lambda: (matrix @ matrix)[0, 0].item(), number=1) for _ in range(10))
     rate, is_last = 2 * side**3 / taken / 1e9, taken > 0.03 or side == 8192
     return rate if is_last else max(rate, matrix_rate(dtype, 2 * side))
 
 
+@lru_cache
 def gflop_per_image(model: str, image_size: int) -> float:
     """Return 10^9 operations of a forward pass: products, convolutions; a multiply-add is two."""
     config = AutoConfig.from_pretrained(model, image_size=image_size)

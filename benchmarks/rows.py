@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from timeit import timeit
 
+import numpy as np
+import psutil
 import scipy.stats
 import torch
 import transformers
@@ -34,7 +36,7 @@ from pipeline.training.train import build_trainer, train
 ROOT = Path(__file__).parents[1]
 ON_CPU, DTYPE = DEVICE.type == "cpu", "bfloat16" if has_fast_bfloat16() else "float32"
 SMALL = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6}
-SMALL |= {"num_attention_heads": 3, "patch_size": 4}  # 2.7 M parameters
+SMALL |= {"num_attention_heads": 3}  # 2.7 M parameters
 UNTIMED = ["--eval_strategy=no", "--save_strategy=no", "--load_best_model_at_end=false"]
 
 
@@ -58,19 +60,15 @@ def prepare_data(args: Namespace) -> list[dict]:
     return [compare(args, name, sides, images=8 * len(raw))]
 
 
-def train_base(args: Namespace) -> list[dict]:
+def training(args: Namespace) -> list[dict]:
     """After a warm-up. If bfloat16 is fast, ours and the tuned example have it; on an accelerator,
     `torch.compile` too. The share counts products by `FlopCounterMode`: three forward passes."""
-    sizes = {"batch": 2, "steps": 1} if args.quick else {"batch": 16, "steps": 4}
-    return compare_training(args, 224, **(sizes if ON_CPU else {"batch": 128, "steps": 60}))
+    base = (2, 1) if args.quick else (16, 4) if ON_CPU else (128, 60)
+    small = 64, 3 if args.quick else 40
+    return [compare_training(args, 224, *base), compare_training(args, 32, *small)]
 
 
-def train_small(args: Namespace) -> list[dict]:
-    """As ViT-B/16; here, all but the arithmetic weighs most."""
-    return compare_training(args, 32, batch=64, steps=3 if args.quick else 40)
-
-
-def compare_training(args: Namespace, size: int, batch: int, steps: int) -> list[dict]:
+def compare_training(args: Namespace, size: int, batch: int, steps: int) -> dict:
     model, raw, warmup = save_vit(size), load_images(args, "train"), max(1, steps // 3)
     settings = {"per_device_train_batch_size": batch, "max_steps": warmup + steps}
     options = [f"--{key}={value}" for key, value in settings.items()]
@@ -88,33 +86,38 @@ def compare_training(args: Namespace, size: int, batch: int, steps: int) -> list
     sides |= {"tuned": lambda: theirs(settings | example.TUNED)} if example.TUNED else {}
     name = f"Train {Path(model).name}, {size} px, batch {batch}"
     gflop = 3 * gflop_per_image(model, size)  # the backward pass is two forward passes
-    return [compare(args, name, sides, batch * steps, gflop=gflop, dtype=DTYPE, timer=timer)]
+    return compare(args, name, sides, batch * steps, gflop=gflop, dtype=DTYPE, timer=timer)
 
 
 def equal_time(args: Namespace) -> list[dict]:
-    """Recipe `cpu`; the example at its own image size (in brackets); tuned, at ours. Both have the
-    guide's settings, and bfloat16 where ours has it. The time includes the data's preparation."""
-    model, options = args.model or save_vit(48), [] if args.model else ["--image_size=32"]
-    ours = resolve(args, "cpu", model, "--max_steps=1000000", *UNTIMED, *options)
+    """Recipe `cpu`, and without its image_size_schedule; the example at its own image size (in
+    brackets); tuned, at ours. The examples have the guide's settings, and bfloat16 where ours has
+    it. The time includes the data's preparation."""
+    model, minutes = args.model or save_vit(98), 0.1 if args.quick else args.minutes
+    options = "cpu", model, "--max_steps=1000000", *UNTIMED
+    ours, constant = (resolve(args, *options, *o) for o in ([], ["--image_size_schedule=null"]))
     own = transformers.AutoImageProcessor.from_pretrained(model).size.get("height", 224)
-    size, minutes, errors = ours.model.image_size, 0.1 if args.quick else args.minutes, {}
+    size, errors = ours.model.image_size, {}
     theirs = partial(example.build_trainer, load_images(args, "train"), model)
     settings = example.GUIDE | example.TUNED | {"max_steps": 1_000_000}
-    sides = {"ours": partial(build_trainer, ours), "example": partial(theirs, own, settings)}
-    for side, build in (sides | {"tuned": partial(theirs, size, settings)}).items():
+    sides = {"ours": partial(build_trainer, ours), "constant": partial(build_trainer, constant)}
+    sides |= {"example": partial(theirs, own, settings), "tuned": partial(theirs, size, settings)}
+    for side, build in sides.items():
         clock, trainer = Clock(60 * minutes), build()  # the clock first
+        schedule = ours.model.image_size_schedule if side == "ours" else {"0": size}
+        trainer.progress = partial(clock.share_of_steps, model, schedule)
         trainer.create_optimizer()
-        trainer.lr_scheduler = LambdaLR(trainer.optimizer, clock.schedule(trainer.args))
+        trainer.lr_scheduler = LambdaLR(trainer.optimizer, learning_rate(trainer))
         trainer.add_callback(clock)
         trainer.train()
-        processor = trainer.processing_class
-        test = load_split(ours.data, "test", processor)
+        test = load_split(ours.data, "test", processor := trainer.processing_class)
         logits, labels = predict(trainer.model, processor, test, bf16=DTYPE == "bfloat16")
         wrong, total = int((logits.argmax(dim=1) != labels).sum()), len(labels)
         interval = [100 * bound for bound in wilson_interval(wrong, total)]
         errors[side] = summarize([100 * wrong / total], interval)
-    name = f"Test error after {minutes:g} minutes, {Path(model).name}, {size} ({own}) px"
-    return [{"name": name, "unit": "%", **errors}]
+    name = f"Test error after {minutes:g} minutes, {Path(model).name}, {size}"
+    constant = {"name": f"{name} px throughout", "unit": "%", "ours": errors.pop("constant")}
+    return [{"name": f"{name} ({own}) px", "unit": "%", **errors}, constant]
 
 
 def one_image(args: Namespace) -> list[dict]:
@@ -126,10 +129,12 @@ def one_image(args: Namespace) -> list[dict]:
     images = [space.open_picture(path.read_bytes()) for path in space.EXAMPLES[:5]]
     sides = {"ours": lambda: [ours.predict(image) for image in images]}
     sides["example"] = lambda: [theirs(image) for image in images]
-    work, name = {}, f"One image, ViT-B/16, {ours.precision}"
-    if ON_CPU and ours.precision in args.gflops:  # the limit in int8 is not measured
-        work = {"gflop": gflop_per_image(model, 224), "dtype": ours.precision}
-    return [compare(args, name, sides, len(images), unit="ms", **work)]
+    work = {"gflop": ON_CPU * gflop_per_image(model, 224), "dtype": ours.precision}
+    return [
+        compare(
+            args, f"One image, ViT-B/16, {ours.precision}", sides, len(images), unit="ms", **work
+        )
+    ]
 
 
 def score_split(args: Namespace) -> list[dict]:
@@ -160,55 +165,39 @@ def memory(args: Namespace) -> list[dict]:
         command = [sys.executable, ROOT / "scripts/train_vit.py", "--restart", *options, *UNTIMED]
         variables = os.environ | {"HF_DATASETS_CACHE": f"{data}-cache"}
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen(command, env=variables, process_group=0, **quiet)
+        process = psutil.Popen(command, env=variables, **quiet)
         while process.poll() is None:
-            with suppress(OSError):  # a process has ended meanwhile
-                paths = Path("/proc").glob("[0-9]*/smaps_rollup")
-                texts = [p.read_text() for p in paths if os.getpgid(int(p.parts[2])) == process.pid]
-                kilobytes = [int(t.split("Pss_Anon:")[1].split()[0]) for t in texts if t]
-                peak = max(peak, sum(kilobytes) / 1024)
+            with suppress(psutil.Error):  # a process has ended meanwhile
+                maps = [m for p in (process, *process.children(True)) for m in p.memory_maps()]
+                peak = max(peak, sum(m.pss for m in maps if not m.path.startswith("/")) / 2**20)
             time.sleep(0.1)
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, command)
-        name = f"Peak memory, training on {copies * len(part):,} images"
-        comparisons.append({"name": name, "unit": "MB", "ours": summarize([peak])})
+        about = {"name": f"Peak memory, training on {copies * len(part):,} images", "unit": "MB"}
+        comparisons.append(about | {"ours": summarize([peak])})
     return comparisons
 
 
-def demo(args: Namespace) -> list[dict]:
-    """In an empty folder, once the environment is set up."""
-    Path("scripts").symlink_to(ROOT / "scripts")
-    make = ["make", "-f", ROOT / "Makefile", "-o", ".venv/.runs", f"BIN={sys.prefix}/bin", "demo"]
-    taken = timeit(partial(subprocess.run, make, capture_output=True, check=True), number=1)
-    return [{"name": "`make demo`", "unit": "s", "ours": summarize([taken])}]
-
-
-def whole_recipe(args: Namespace) -> list[dict]:
-    """From decoding to the saved model, of an untrained ViT-B/16."""
-    model, size, steps = (save_vit(32), 32, 2) if args.quick else (save_vit(224), 224, -1)
-    options = [f"--image_size={size}", f"--max_steps={steps}", f"--torch_compile={not ON_CPU}"]
-    recipe = resolve(args, "vit-base", model, *options, run="whole")
-    minutes = timeit(partial(train, recipe), number=1) / 60
-    return [{"name": "Train by recipe vit-base", "unit": "minutes", "ours": summarize([minutes])}]
-
-
-def fine_tune(args: Namespace) -> list[dict]:
-    """Accuracy on the test split over three seeds, with the 95 % interval of the mean."""
-    quick = [f"--model={save_vit(32)}", "--image_size=32", "--max_steps=2"] if args.quick else []
-    accuracies = []
+def recipe(args: Namespace) -> list[dict]:
+    """From decoding to the saved model, and its accuracy on the test split with the 95 % interval
+    of the mean, over three seeds. Without `--model`, of an untrained ViT-B/16."""
+    quick = ["--image_size=32", "--max_steps=2"] if args.quick else []
+    model, minutes, accuracies = args.model or save_vit(32 if quick else 224), [], []
     for seed in range(3):
-        options = [f"--seed={seed}", *quick]
-        recipe = resolve(args, args.recipe, args.model, *options, run=f"seed-{seed}")
-        accuracies.append(100 * evaluate(train(recipe)["model_folder"], recipe.data)["accuracy"])
-    mean, error = statistics.mean(accuracies), scipy.stats.sem(accuracies) or 1e-9
-    ours = summarize(accuracies, scipy.stats.t.interval(0.95, 2, mean, error))
-    return [{"name": f"Accuracy, recipe {Path(args.recipe).stem}", "unit": "%", "ours": ours}]
+        options = [f"--seed={seed}", f"--torch_compile={not ON_CPU}", *quick]
+        run = resolve(args, args.recipe, model, *options, run=f"seed-{seed}")
+        minutes.append(timeit(partial(train, run), number=1) / 60)
+        accuracies.append(100 * evaluate(str(run.model_folder), run.data)["accuracy"])
+    error, name = scipy.stats.sem(accuracies) or 1e-9, f"recipe {Path(args.recipe).stem}"
+    interval = scipy.stats.t.interval(0.95, 2, np.mean(accuracies), error)
+    accuracy = summarize(accuracies, interval)
+    return [{"name": f"Train by {name}", "unit": "minutes", "ours": summarize(minutes)},
+            {"name": f"Accuracy, {name}", "unit": "%", "ours": accuracy}]  # fmt: skip
 
 
-ROWS = {"prepare-data": prepare_data, "train-base": train_base, "train-small": train_small}
-ROWS |= {"equal-time": equal_time, "one-image": one_image, "score-split": score_split}
-ROWS |= {"memory": memory, "demo": demo, "recipe": whole_recipe, "fine-tune": fine_tune}
-LONG = ["recipe", "fine-tune"] if ON_CPU else []  # hours without an accelerator
+ROWS = prepare_data, training, equal_time, one_image, score_split, memory, recipe
+ROWS = {row.__name__.replace("_", "-"): row for row in ROWS}
+LONG = ["recipe"] if ON_CPU else []  # days without an accelerator
 
 
 def compare(
@@ -221,7 +210,7 @@ def compare(
     for _ in range(1 if args.quick else 3):
         for side, function in sides.items():
             taken[side].append(timer(function) / images)  # seconds
-    share = gflop / statistics.median(taken["ours"]) / args.gflops[dtype]
+    share = gflop / statistics.median(taken["ours"]) / args.gflops.get(dtype, float("inf"))
     values = {s: [1000 * t if unit == "ms" else 1 / t for t in ts] for s, ts in taken.items()}
     about = {"name": name, "unit": unit, "share": share}
     return about | {side: summarize(each) for side, each in values.items()}
@@ -242,7 +231,7 @@ def resolve(args: Namespace, name: str, model: str | None, *options: str, **run:
 def save_vit(size: int) -> str:
     """Save an untrained ViT, as fast as a trained one: ViT-B/16 at 224 px, or one of 2.7 M."""
     folder = Path("ViT-B-16" if size == 224 else "ViT-2.7M").resolve()
-    small = SMALL if size < 224 else {}
+    small = SMALL | {"patch_size": 14 if size == 98 else 4} if size < 224 else {}
     config = transformers.ViTConfig(num_labels=10, image_size=size, **small)
     network = transformers.ViTForImageClassification(config)
     network.classifier.bias.data[0] = 3  # a class that is predicted as clearly as a trained one is
@@ -272,8 +261,16 @@ class Clock(transformers.TrainerCallback):
         self.times.append(time.monotonic())
         control.should_training_stop |= self.share_spent() == 1
 
-    def schedule(self, args: transformers.TrainingArguments) -> Callable[[int], float]:
-        """Return the schedule of the learning rate, over the time in place of steps."""
-        optimizer, warmup = torch.optim.SGD([torch.zeros(1)]), args.get_warmup_steps(1000)
-        schedule = transformers.get_scheduler(args.lr_scheduler_type, optimizer, warmup, 1000)
-        return lambda _: schedule.lr_lambdas[0](1000 * self.share_spent())
+    def share_of_steps(self, model: str, schedule: dict[str, int]) -> float:
+        """Return the share of the steps that are done, where a step takes as long as its size."""
+        starts = [*map(float, schedule), 1.0]
+        times = [gflop_per_image(model, size) for size in schedule.values()] * np.diff(starts)
+        return float(np.interp(self.share_spent() * times.sum(), [0, *times.cumsum()], starts))
+
+
+def learning_rate(trainer: transformers.Trainer) -> Callable[[int], float]:
+    """Return the schedule of the learning rate, over a trainer's progress in place of steps."""
+    args, optimizer = trainer.args, torch.optim.SGD([torch.zeros(1)])
+    warmup = args.get_warmup_steps(1000)
+    schedule = transformers.get_scheduler(args.lr_scheduler_type, optimizer, warmup, 1000)
+    return lambda _: schedule.lr_lambdas[0](1000 * trainer.progress())

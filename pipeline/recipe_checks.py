@@ -143,8 +143,9 @@ def _check_schedule(schedule: dict, image_size: int) -> None:
         )
     if sizes[-1] != image_size:
         raise UserError(
-            f"image_size_schedule ends at {sizes[-1]} pixels, and image_size is {image_size}: the "
-            "model is saved for the size it is trained at last, so give both the same."
+            f"image_size_schedule ends at {sizes[-1]} pixels, and image_size is {image_size}, at "
+            f"which the model is used: give both the same, or train at {image_size} pixels alone "
+            "with --image_size_schedule=null."
         )
 
 

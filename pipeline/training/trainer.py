@@ -116,9 +116,13 @@ class ImageTrainer(Trainer):
             images, labels = mix(images, labels, classes, options.mixup, options.cutmix, draws)
         return {"pixel_values": images, "labels": labels} | size_options(self.model, size)
 
+    def progress(self) -> float:
+        """Return the share of the steps that are done."""
+        return self.state.global_step / self.state.max_steps
+
     def training_size(self) -> int:
         """Return the image size, in pixels, of the step that comes next."""
-        options, done = self.recipe.model, self.state.global_step / self.state.max_steps
+        options, done = self.recipe.model, self.progress()
         schedule = options.image_size_schedule or {"0": options.image_size}
         return next(size for share, size in reversed(schedule.items()) if float(share) <= done)
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,11 +39,11 @@ def run_benchmarks(*args: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_the_quick_benchmark_measures_every_row_but_the_demo(here):
+def test_the_quick_benchmark_measures_every_row(here):
     result = run_benchmarks("--quick")
     assert result.returncode == 0, result.stderr[-2000:]
     results = json.loads((here / "results/benchmarks_quick.json").read_text())
-    assert list(results) == [row for row in rows.ROWS if row != "demo"]
+    assert list(results) == list(rows.ROWS)
     for row in results.values():
         assert row["versions"]["torch"] == torch.__version__
         assert row["gflops"]["float32"] > row["gflops"]["bfloat16"] / 100 > 0
@@ -66,11 +67,11 @@ def test_a_row_measured_again_leaves_the_others(here):
     kept = ABOUT | {"comparisons": [SPEED]}
     (here / "results").mkdir()
     file = here / "results/benchmarks_quick.json"
-    file.write_text(json.dumps({"train-base": kept}))
+    file.write_text(json.dumps({"training": kept}))
     result = run_benchmarks("--quick", "--rows", "recipe")
     assert result.returncode == 0, result.stderr[-2000:]
     results = json.loads(file.read_text())
-    assert results["train-base"] == kept
+    assert results["training"] == kept
     assert results["recipe"]["comparisons"][0]["ours"]["value"] > 0
     assert "another machine, digits, 2026-01-01" in result.stdout
 
@@ -98,7 +99,7 @@ def test_sides_are_compared_by_their_medians(unit, times):
 
 
 def test_a_table_shows_the_limit_its_share_and_the_ratio():
-    text = report.as_table({"train-base": ABOUT | {"comparisons": [SPEED]}})
+    text = report.as_table({"training": ABOUT | {"comparisons": [SPEED]}})
     line = "| Train, images/s | 123 / 0.3 | 25 (9 to 50) | 63% | 10 (1 to 100) | 2.5x |  |  |"
     assert line in text
     assert text.startswith("another machine, digits, 2026-01-01, torch 1.0\n")
@@ -122,10 +123,22 @@ def test_a_schedule_over_time_is_that_over_steps(tmp_path, name, expected):
     args = TrainingArguments(tmp_path, lr_scheduler_type=name, warmup_steps=0.1, use_cpu=True)
     rates = []
     for share in (0.05, 0.1, 0.325, 1.0):
+        trainer = SimpleNamespace(args=args, progress=lambda share=share: share)
+        rates.append(rows.learning_rate(trainer)(0))
+    assert rates == pytest.approx(expected, abs=1e-3)
+
+
+def test_steps_at_a_larger_size_take_more_of_the_time(here):
+    model, shares = rows.save_vit(98), []
+    for share in (0, 0.2, 0.5, 1):
         clock = rows.Clock(1e6)  # 12 days: it stands still
         clock.times[0] -= share * 1e6
-        rates.append(clock.schedule(args)(0))
-    assert rates == pytest.approx(expected, abs=1e-3)
+        shares.append(clock.share_of_steps(model, {"0": 56, "0.5": 98}))
+    low, high = machine.gflop_per_image(model, 56), machine.gflop_per_image(model, 98)
+    assert 2 * low < high
+    first = low / (low + high)  # of the time
+    expected = [0, 0.2 / first * 0.5, 0.5 + 0.5 * (0.5 - first) / (1 - first), 1]
+    assert shares == pytest.approx(expected, abs=1e-3)
 
 
 def test_the_example_crops_flips_and_normalizes_each_image_as_its_processor_does():

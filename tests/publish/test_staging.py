@@ -139,7 +139,8 @@ def local(api, image_folder, backbones, monkeypatch) -> Path:
     Path("data").mkdir()
     image_folder.rename("data/photos")
     Path("data/vit").symlink_to(backbones["vit"])
-    recipe = load_recipe("cpu", ["--dataset=data/photos", "--model=data/vit", "--image_size=32"])
+    options = ["--dataset=data/photos", "--model=data/vit", "--image_size=32"]
+    recipe = load_recipe("cpu", [*options, "--image_size_schedule=null"])
     recipe.pin_sources(resume=False)
     assert recipe.settings["dataset"] == "./data/photos"
     model = Path("models/alice-secret-run")
