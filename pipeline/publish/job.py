@@ -8,7 +8,7 @@ import re
 import shlex
 import subprocess
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, JobHardwareInfo, JobInfo, Volume, constants
@@ -45,7 +45,6 @@ class Job:
     commit: str
     code_repo: str
     bucket: str
-    volumes: list[Volume] = field(default_factory=list)
 
 
 def plan(
