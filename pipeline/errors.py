@@ -1,15 +1,15 @@
-"""The one exception for mistakes that a user can correct, and where every script catches it."""
+"""The exception for mistakes that a user can correct, and the function that catches it."""
 
 import sys
 from collections.abc import Callable
 
 
 class UserError(Exception):
-    """One sentence that names what is wrong and the way out."""
+    """A mistake that the user can correct; the message says what is wrong and what to do."""
 
 
 def shorten(items: list) -> str:
-    """Return the first three of a list for a sentence, and how many more there are."""
+    """Return the first three items of a list as text, and how many more there are."""
     more = f" and {len(items) - 3} more" if len(items) > 3 else ""
     return ", ".join(str(item) for item in items[:3]) + more
 
@@ -19,7 +19,7 @@ def run_main(main: Callable[[], None], interrupted: str = "Stopped.") -> None:
 
     Args:
         main: The script's entry point.
-        interrupted: What to say after Ctrl-C.
+        interrupted: What to print after Ctrl-C.
     """
     try:
         main()
@@ -30,10 +30,10 @@ def run_main(main: Callable[[], None], interrupted: str = "Stopped.") -> None:
 
 
 def confirm(question: str, yes: bool) -> None:
-    """Ask in a terminal; UserError unless the answer is yes, or `yes` is given already."""
+    """Ask for confirmation in a terminal, unless `yes` is set; UserError if it is not given."""
     if yes:
         return
     if not sys.stdin.isatty():
-        raise UserError(f"{question} Name it with REPO=, or confirm with ARGS=--yes.")
+        raise UserError(f"{question} Name the repository with REPO=, or confirm with ARGS=--yes.")
     if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
-        raise UserError("Nothing was sent. Name another with REPO=.")
+        raise UserError("Nothing was sent. Name another repository with REPO=.")

@@ -1,1 +1,1 @@
-"""Images in: loading, decoding, streaming, and the transforms on the device."""
+"""Data: loading, decoding and streaming images, and the transforms on the device."""

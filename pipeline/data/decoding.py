@@ -1,7 +1,7 @@
 """Decode each image once to uint8 (3, H, W), and read decoded images back in batches.
 
-Decoded images lie in the `datasets` cache, memory-mapped: CIFAR-10 takes 0.2 GB, where float pixels
-at 224 px would take 36 GB.
+Decoded images are stored in the `datasets` cache and memory-mapped: CIFAR-10 takes 0.2 GB, compared
+with 36 GB for float pixels at 224 px.
 """
 
 import hashlib
@@ -21,19 +21,19 @@ from pipeline.data.transforms import fit_image, resize_options
 from pipeline.errors import UserError
 from pipeline.runs import print_once
 
-VERSION = 2  # part of the cache's key: raise it when the decoded pixels change
-BATCH = 100  # undecoded images in memory
+VERSION = 2  # part of the cache key: increment it when the decoded pixels change
+BATCH = 100  # undecoded images held in memory
 HASH_BATCH = 1000  # decoded images
 
-Image.preinit()  # Pillow tries formats in the order of their import: the common ones first
+Image.preinit()  # Pillow tries formats in import order, so import the common ones first
 
 
 def open_image(source: bytes | str | os.PathLike | dict | None, name: str) -> Image.Image:
-    """Open an image, upright and in RGB. 16-bit gray is scaled; 32-bit gray is refused.
+    """Open an image, upright and in RGB. 16-bit gray is scaled; 32-bit gray is an error.
 
     Args:
         source: As in `read_image`.
-        name: What an error calls the image, beside the path in a cell.
+        name: The image's name in error messages, to which the path in a cell is added.
 
     Raises:
         UserError: The image can't be read.
@@ -42,14 +42,14 @@ def open_image(source: bytes | str | os.PathLike | dict | None, name: str) -> Im
         image = Image.open(io.BytesIO(read_image(source)))
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-            # By the type's range, as Pillow does for 16-bit colors; gray it would clip.
+            # Scaled by the type's range, as Pillow does for 16-bit colors; it would clip gray.
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("I", "F"):
-            raise ValueError("32-bit gray values have no fixed range: convert it to 8 or 16 bits")
+            raise ValueError("32-bit gray has no fixed range of values: convert to 8 or 16 bits")
         return image if image.mode == "RGB" else image.convert("RGB")
     except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
         path = f" ({source['path']})" if isinstance(source, dict) and source["path"] else ""
-        reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
         problem = f"{name}{path} cannot be decoded ({reason}); remove or replace it."
         raise UserError(problem) from None
 
@@ -58,7 +58,7 @@ def read_image(source: bytes | str | os.PathLike | dict | None) -> bytes:
     """Return an image file's content; b"" for an empty cell.
 
     Args:
-        source: The content itself, a path (also one that fsspec knows, as `hf://...`), or a cell
+        source: The content itself, a path (also an fsspec URL such as `hf://...`), or a cell
             {"bytes", "path"} of an undecoded image column.
     """
     if isinstance(source, dict):
@@ -71,12 +71,12 @@ def read_image(source: bytes | str | os.PathLike | dict | None) -> bytes:
 
 def hash_file(content: bytes) -> int:
     """Return a 64-bit hash of a file's content."""
-    # Not a CRC: those inside a PNG cancel its pixels out.
+    # Not a CRC: the CRCs inside a PNG file cancel out its pixels.
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
 
 def hash_files(dataset: Dataset) -> np.ndarray:
-    """Return `hash_file` of each image, uint64 (N,); read once, and kept in the cache."""
+    """Return `hash_file` of each image, uint64 (N,); each is read once, then cached."""
     files = dataset.select_columns("image").cast_column("image", datasets.Image(decode=False))
     hashes = files.map(
         lambda batch: {"hash": np.array([hash_file(read_image(c)) for c in batch["image"]], "u8")},
@@ -94,24 +94,24 @@ def decode(
 ) -> Dataset:
     """Decode each image once to uint8 (3, H, W), in the cache.
 
-    Images keep their own size where all share one that is no larger than the model's input;
-    otherwise they are resized as by the processor.
+    Images keep their size if all have the same size, no larger than the model's input; otherwise
+    they are resized as the processor does.
 
     Args:
         dataset: Columns `image`, `label`, and `row`, the image's row in the published split.
         processor: The model's image processor.
-        num_proc: Processes; by default one for 10,000 images, and at most one per core.
-        skip_corrupt: Leave out images that can't be decoded, and print which.
+        num_proc: Processes; by default one per 10,000 images, and at most one per core.
+        skip_corrupt: Skip images that can't be decoded, and print which.
 
     Raises:
-        UserError: An image can't be decoded, or the disk is too small.
+        UserError: An image can't be decoded, or there is too little disk space.
     """
     split, cache = dataset.split or "train", dataset.cache_files
     dataset = dataset.cast_column("image", datasets.Image(decode=False))
     opened = (_open(row["image"], row["row"], split, skip_corrupt) for row in dataset)
     first = next((image for image in opened if image), None)
     if first is None:
-        raise UserError(f'No image of the split "{split}" can be decoded.')
+        raise UserError(f'No image of the split "{split}" can be decoded: check its image files.')
     if num_proc is None:  # a process takes a second to start
         num_proc = min(os.cpu_count() or 1, 1 + len(dataset) // 10_000)
     size, *_ = resize = resize_options(processor)
@@ -136,8 +136,7 @@ def decode(
         corrupt = np.flatnonzero(~np.isin(dataset["row"][:], decoded["row"][:]))
         rows = [f"{row['row']} ({row['image']['path']})" for row in dataset.select(corrupt)]
         print_once(
-            f'Left out {len(rows)} corrupt images of the split "{split}", in the rows '
-            f"{', '.join(rows)}."
+            f'Skipped {len(rows)} corrupt images of the split "{split}", in rows {", ".join(rows)}.'
         )
     return decoded.remove_columns("row")
 
@@ -145,12 +144,12 @@ def decode(
 class DecodedImages(torch.utils.data.Dataset):
     """A decoded split for a DataLoader, read a batch at a time.
 
-    Rows are copied out of the memory-mapped Arrow file, seen through numpy: 0.5 µs a row, where
-    `dataset[rows]` takes 50 to 200.
+    Rows are copied from NumPy views of the memory-mapped Arrow file, in 0.5 µs per row;
+    `dataset[rows]` takes 50 to 200 µs.
     """
 
     def __init__(self, dataset: Dataset):
-        # `datasets` has no public way to ask whether rows were selected or shuffled.
+        # `datasets` has no public API that tells whether rows were selected or shuffled.
         if dataset._indices is not None:
             dataset = dataset.flatten_indices()
         self.dataset = dataset
@@ -160,7 +159,7 @@ class DecodedImages(torch.utils.data.Dataset):
         self.starts = np.cumsum([0, *map(len, self.images[:-1])])  # the first row of each chunk
 
     def __reduce__(self):
-        return DecodedImages, (self.dataset,)  # a worker maps the file anew, and is sent no copy
+        return DecodedImages, (self.dataset,)  # a worker maps the file again instead of a copy
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -179,12 +178,12 @@ class DecodedImages(torch.utils.data.Dataset):
 
     @staticmethod
     def collate(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Leave a batch as it is: the DataLoader has nothing left to do."""
+        """Return a batch unchanged: it is already collated."""
         return batch
 
 
 def content_hash(dataset: Dataset) -> str:
-    """Return the SHA-256 over decoded images and labels, the same for any copy of the same data."""
+    """Return a SHA-256 of decoded images and labels, the same for every copy of the same data."""
     digest, images = hashlib.sha256(), DecodedImages(dataset)
     for start in range(0, len(images), HASH_BATCH):
         batch = images.batch(range(start, min(start + HASH_BATCH, len(images))))
@@ -205,13 +204,13 @@ def _open(cell: dict | None, row: int, split: str, skip_corrupt: bool) -> Image.
 def _decode_batch(
     batch: dict, indices: list[int], split, skip_corrupt, shape, fit, room, version
 ) -> dict:
-    """Images of another shape are resized by `fit`; without it they raise _MixedSizes."""
-    if room and indices[0] == 0:  # here, so that nothing is asked where the cache has it already
+    """Decode a batch; resize images of another shape by `fit`, or raise _MixedSizes without it."""
+    if room and indices[0] == 0:  # checked here, where it is skipped if the result is cached
         (folder, needed), free = room, shutil.disk_usage(room[0]).free
         if free < needed:
             raise UserError(
-                f"The decoded images need {needed / 1e9:.1f} GB in {folder}, and {free / 1e9:.1f} "
-                "GB are free: make room, or name another disk with HF_DATASETS_CACHE."
+                f"The decoded images need {needed / 1e9:.1f} GB in {folder}, but {free / 1e9:.1f} "
+                "GB are free: free disk space, or set HF_DATASETS_CACHE to another disk."
             )
     images, decoded = np.empty((len(indices), *shape), np.uint8), []
     for i, (cell, row) in enumerate(zip(batch["image"], batch["row"], strict=True)):

@@ -1,7 +1,7 @@
-"""Find the image and the label column, and bring labels of every kind to one numbering of classes.
+"""Find the image and label columns, and map labels of any type to one numbering of the classes.
 
-The classes are those of the train split. Another split may number or type its labels in its own
-way: labels are compared by the class's name, never by its number.
+The classes are those of the train split. Another split may number its labels differently or store
+them in another type, so labels are matched by class name, never by number.
 """
 
 import re
@@ -16,7 +16,7 @@ from datasets import ClassLabel, Dataset, IterableDataset, Value
 from pipeline.errors import UserError, shorten
 from pipeline.recipe import DataArguments
 
-MISSING = -1  # the number of an image without a label, as on the Hub
+MISSING = -1  # the label of an unlabeled image, as on the Hub
 LABEL_NAMES = {"label", "labels", "class", "class_name", "category", "target", "cls"}
 LABEL_TYPES = re.compile(r"(large_)?string|bool|u?int\d+|float\d+")
 COUNT_BATCH = 10_000  # rows
@@ -25,8 +25,8 @@ COUNT_BATCH = 10_000  # rows
 def find_columns(dataset: Dataset | IterableDataset, data: DataArguments) -> tuple[str, str]:
     """Return the image and the label column; UserError unless there is exactly one of each.
 
-    A ClassLabel is taken before a column of other type. Among those, a usual name (`LABEL_NAMES`)
-    is taken before others, and a column with fewer than two images a class is none.
+    A ClassLabel column takes precedence over other types. Among the others, a usual name
+    (`LABEL_NAMES`) takes precedence, and a column with fewer than two images per class is ignored.
     """
     kinds, wanted = dataset.features, data.label_column
     images = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
@@ -47,29 +47,29 @@ def find_columns(dataset: Dataset | IterableDataset, data: DataArguments) -> tup
             columns = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in kinds.items())
             raise UserError(
                 f'The dataset "{data.dataset}" has {listed}, among its columns {columns}: choose '
-                f"one with --{role}_column. A label is a ClassLabel, a string or a whole "
-                "number that several images share."
+                f"one with --{role}_column. A label is a ClassLabel, or a string or whole number "
+                "that several images share."
             )
         chosen += found
     return tuple(chosen)
 
 
 def class_names(dataset: Dataset | IterableDataset, column: str) -> list[str]:
-    """Return the classes of a split: as published for a ClassLabel, otherwise in natural order."""
+    """Return a split's class names: as published for a ClassLabel, otherwise in natural order."""
     kind = dataset.features[column]
     if isinstance(kind, ClassLabel):
         return kind.names
     names = {class_name(value) for value in count_values(dataset, column)} - {None}
     if {"-1", "0"} <= names and kind != Value("string"):
         raise UserError(
-            f'The column "{column}" holds -1 beside 0, which often means "no label": leave those '
-            "rows out, or give the classes names in place of numbers."
+            f'The column "{column}" contains both -1 and 0, and -1 often means "no label": remove '
+            "those rows, or use class names instead of numbers."
         )
     return sorted(names, key=_natural_order)
 
 
 def class_name(value: str | int | float | bool | None) -> str | None:
-    """Return the name of the class that a plain value means: 2.0 is "2"; None if it is missing."""
+    """Return the class name for a plain value: "2" for 2.0; None for a missing value."""
     if value is None or value != value or value == "":  # NaN differs from itself
         return None
     return str(int(value) if isinstance(value, float) and value.is_integer() else value)
@@ -78,13 +78,13 @@ def class_name(value: str | int | float | bool | None) -> str | None:
 def encode(
     values: pa.ChunkedArray, kind: ClassLabel | Value, names: list[str], split: str
 ) -> np.ndarray:
-    """Return the number in `names` of the class of each label, int64 (N,), or `MISSING`.
+    """Return the index in `names` of each label's class, or `MISSING`, as int64 (N,).
 
     Args:
         values: The labels of a split.
-        kind: Their type in it.
-        names: The classes; a UserError says which class of the split is not among them.
-        split: The split's name.
+        kind: Their type in that split.
+        names: The class names; a UserError reports a class of the split that is not among them.
+        split: The split's name, for the error.
     """
     name_of = dict(enumerate(kind.names)).get if isinstance(kind, ClassLabel) else class_name
     numbers = {name: number for number, name in enumerate(names)} | {None: MISSING}
@@ -93,14 +93,14 @@ def encode(
         if name not in numbers and name != str(MISSING):
             raise UserError(
                 f'The split "{split}" has images of the class "{name}", which is not among the '
-                f"{len(names)} classes that are trained: {shorten(names)}."
+                f"model's {len(names)} classes ({shorten(names)}): remove or relabel those images."
             )
         codes.append(numbers.get(name, MISSING))
     return np.array(codes, np.int64)[pc.index_in(values, unique).to_numpy()]
 
 
 def count_values(dataset: Dataset | IterableDataset, column: str) -> Counter:
-    """Count the values of a column; of a parquet stream, no other column is read."""
+    """Count the values of a column; for a parquet stream, no other column is read."""
     counts = Counter()
     for table in dataset.select_columns([column]).with_format("arrow").iter(COUNT_BATCH):
         for entry in pc.value_counts(table[column]).to_pylist():
@@ -109,14 +109,14 @@ def count_values(dataset: Dataset | IterableDataset, column: str) -> Counter:
 
 
 def _are_classes(counts: Counter, least: int) -> bool:
-    """Whether values may be classes: `least` different ones, of two images each, no fractions."""
+    """Whether values may be classes: at least `least`, two images per class, no fractions."""
     is_fraction = any(isinstance(v, float) and v == v and not v.is_integer() for v in counts)
     values = {class_name(value) for value in counts} - {None}
     return least <= len(values) <= counts.total() / 2 and not is_fraction
 
 
 def _natural_order(name: str) -> list:
-    """A key that sorts 2 before 10, and -1 before 0."""
+    """Return a key that sorts 2 before 10, and -1 before 0."""
     if re.fullmatch(r"-\d+", name):
         return ["", int(name)]
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]

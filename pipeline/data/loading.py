@@ -1,6 +1,6 @@
-"""Load a dataset of labeled images, check it, and give its splits: train, validation and test.
+"""Load a dataset of labeled images, check it, and return its train, validation and test splits.
 
-Each function takes how a dataset is to be opened, or one that `load_source` has opened.
+Each function takes either the arguments for opening a dataset, or one opened by `load_source`.
 """
 
 import hashlib
@@ -23,19 +23,19 @@ ROLES = ("train", "validation", "test")
 def load_splits(
     data: DataArguments | Source, processor, *splits: str, names: list[str] | None = None
 ) -> dict[str, Dataset]:
-    """Load splits, decoded: columns `image` uint8 (3, H, W) and `label`.
+    """Load decoded splits, with columns `image`, uint8 (3, H, W), and `label`.
 
     Args:
-        data: Which dataset, and how it is split.
-        processor: The model's image processor: see `decoding.decode`.
+        data: The dataset and how it is split.
+        processor: The model's image processor, see `decoding.decode`.
         splits: "train", "validation" or "test". A streamed dataset has no decoded train split.
-        names: The classes in a model's order; by default those of the train split.
+        names: The class names in the model's order, by default those of the train split.
 
     Returns:
-        The splits by name. Of a dataset that has a test split only, validation is left out.
+        The splits by name, without validation if the dataset has only a test split.
 
     Raises:
-        UserError: The dataset can't be loaded, has no image or label column, or holds images or
+        UserError: The dataset can't be loaded, has no image or label column, or contains images or
             labels that can't be used.
     """
     source = load_source(data, names)
@@ -60,14 +60,14 @@ def load_splits(
 def load_split(
     data: DataArguments | Source, split: str, processor, names: list[str] | None = None
 ) -> Dataset:
-    """Load one split, decoded: see `load_splits`."""
+    """Load one decoded split, see `load_splits`."""
     return load_splits(data, processor, split, names=names)[split]
 
 
 def load_raw(data: DataArguments | Source) -> DatasetDict:
-    """Load train, validation and test, undecoded; what is not published is split off train.
+    """Load train, validation and test, undecoded; unpublished splits are split off train.
 
-    Their columns are `image`, `label` and `row`, the row in the published split.
+    Their columns are `image`, `label` and `row`, the row number in the published split.
     """
     source, splits = load_source(data), {}
     for role, split in source.splits.items():
@@ -75,7 +75,7 @@ def load_raw(data: DataArguments | Source) -> DatasetDict:
         if source.label in split.column_names:
             values, kind = split.with_format("arrow")[source.label][:], split.features[source.label]
             codes = encode(values, kind, source.names, source.roles[role])
-        # The column may be called `label`.
+        # The image column itself may be called `label`.
         split = split.select_columns(source.image).rename_columns({source.image: "image"})
         split = split.add_column("label", codes, feature=ClassLabel(names=source.names))
         splits[role] = split.add_column("row", np.arange(len(split)))
@@ -92,8 +92,8 @@ def load_raw(data: DataArguments | Source) -> DatasetDict:
 def fingerprint(data: DataArguments | Source) -> str:
     """Return a SHA-256 of the classes and of each split's image files and labels, in order.
 
-    Every file is read the first time; after that the cache knows. Of a stream, whose images keep
-    their split whatever else is added, it covers the classes only.
+    Every file is read the first time; later calls use the cache. For a stream it covers only the
+    classes, since new images don't move the others to another split.
     """
     source = load_source(data)
     digest = hashlib.sha256(repr(source.names).encode())
@@ -104,20 +104,20 @@ def fingerprint(data: DataArguments | Source) -> str:
 
 def _check_labels(splits: dict[str, Dataset], split: str, source: str) -> None:
     if split not in splits:
-        raise UserError(f'The dataset "{source}" has no split to {split} on.')
+        raise UserError(f'The dataset "{source}" has no {split} split: set --{split}_split.')
     dataset, name = splits[split], f'The split "{split}" of "{source}"'
     if len(dataset) == 0:
-        raise UserError(f"{name} is empty: raise validation_size, or publish a {split} split.")
+        raise UserError(f"{name} is empty: raise validation_size, or add a {split} split.")
     codes, names = class_numbers(dataset), dataset.features["label"].names
     missing = np.flatnonzero(codes == MISSING)
     if len(missing):
         raise UserError(
             f"{name} has no labels from 0 to {len(names) - 1} for {len(missing)} of {len(codes)} "
-            f"images, first in row {dataset[int(missing[0])]['row']}: add them, or name another "
+            f"images, first in row {dataset[int(missing[0])]['row']}: add them, or choose another "
             f"split with --{split}_split."
         )
     if split == "train" and len(np.unique(codes)) == 1:
         raise UserError(
-            f'{name} has images of one class only, "{names[codes[0]]}": there is nothing to tell '
-            "apart."
+            f'{name} has images of one class only, "{names[codes[0]]}": add images of at least one '
+            "other class."
         )

@@ -1,4 +1,4 @@
-"""Open a dataset as it is published: a Hub repository, a local folder, or scikit-learn's digits."""
+"""Open a dataset: a Hub repository, a local folder, or scikit-learn's digits."""
 
 import glob
 import os
@@ -23,25 +23,25 @@ from pipeline.recipe import DataArguments
 from pipeline.runs import hub_commit, is_local
 
 DATA_FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
-STREAM_SHARDS = 256  # of a folder of image files
+STREAM_SHARDS = 256  # when a folder of image files is streamed
 
 
 @dataclass
 class Source:
-    """An opened dataset, with its published splits by the part they play."""
+    """An opened dataset, with its published splits by role."""
 
     data: DataArguments  # how it was opened
     splits: dict[str, Dataset] | dict[str, IterableDataset]  # "train", "validation", "test"
-    image: str  # the column of images
-    label: str  # the column of labels
-    names: list[str]  # the classes
-    roles: dict[str, str]  # the published name of each split
+    image: str  # the image column
+    label: str  # the label column
+    names: list[str]  # class names
+    roles: dict[str, str]  # role to published split name
 
 
 def load_source(data: DataArguments | Source, names: list[str] | None = None) -> Source:
-    """Open a dataset, and find its splits, columns and classes; one that is open stays so.
+    """Open a dataset and find its splits, columns and classes; an open one is not reopened.
 
-    Its classes are `names`, by default those of the train split. UserError as `load_splits`.
+    The classes are `names`, by default those of the train split. Raises as `load_splits` does.
     """
     if isinstance(data, Source):
         return replace(data, names=names or data.names)
@@ -56,7 +56,7 @@ def load_source(data: DataArguments | Source, names: list[str] | None = None) ->
     splits = {role: published[name] for role, name in roles.items()}
     first = splits.get("train", splits.get("test"))
     if first.features is None:
-        raise UserError(f'The dataset "{data.dataset}" does not say what its columns hold.')
+        raise UserError(f'"{data.dataset}" lacks column types: declare features in its README.md.')
     image, label = find_columns(first, data)
     names = names or class_names(first, label)
     if data.streaming:
@@ -77,7 +77,7 @@ def digits() -> Dataset:
 
 
 def _load_folder(root: Path, data: DataArguments) -> dict:
-    """The splits of a folder, by its README if that says how, otherwise by its files."""
+    """Return the splits of a folder, as its README defines them, or otherwise by its files."""
     readme = root / "README.md"
     settings = (metadata_load(readme) or {}) if readme.is_file() else {}
     if {"configs", "dataset_info"} & settings.keys():
@@ -91,7 +91,7 @@ def _load_folder(root: Path, data: DataArguments) -> dict:
     images = [path for path in files if is_image(root, path)]
     packed = ARCHIVES if images else ARCHIVES - DATA_FILES.keys()
     if archives := [path for path in files if path.suffix.lower() in packed]:
-        raise UserError(f'"{root}" holds archives ({shorten(archives)}): unpack and remove them.')
+        raise UserError(f'"{root}" holds archives ({shorten(archives)}): unpack and delete them.')
     if images:
         tables = [path for path in files if path.suffix.lower() in TABLES]
         return load_images(root, images, tables, data.label_column)
@@ -101,20 +101,20 @@ def _load_folder(root: Path, data: DataArguments) -> dict:
             kinds.add(kind)
     if len(kinds) != 1:
         raise UserError(
-            f'"{root}" holds {"files of several kinds" if kinds else "no images"}: give it images, '
-            "or files of one kind (parquet, arrow or tar)."
+            f'"{root}" holds {"several file types" if kinds else "no images"}: it should contain '
+            "images, or files of one type (parquet, arrow or tar)."
         )
     if None in splits and len(splits) > 1:
         raise UserError(
-            f"The names of {shorten(splits[None])} do not say to which split they belong: put "
-            "train-, validation- or test- in front."
+            f"The file names {shorten(splits[None])} do not say which split they belong to: prefix "
+            "them with train-, validation- or test-."
         )
     splits = {split or "train": paths for split, paths in splits.items()}
     return _load_files(kinds.pop(), splits, data.streaming)
 
 
 def _load_published(name: str, data: DataArguments) -> dict:
-    """All splits by the rules of `datasets`."""
+    """Load all splits as `datasets` does."""
     try:
         builder = datasets.load_dataset_builder(
             name, data.dataset_config, revision=data.dataset_revision
@@ -122,11 +122,11 @@ def _load_published(name: str, data: DataArguments) -> dict:
         files = {split: list(paths) for split, paths in (builder.config.data_files or {}).items()}
         for (one, paths), (other, more) in combinations(files.items(), 2):
             if both := sorted(set(paths) & set(more)):
-                raise UserError(f"{shorten(both)} is in two splits, {one} and {other}.")
+                raise UserError(f"{shorten(both)} is in two splits, {one} and {other}: keep one.")
         if data.dataset_config is None:
             _check_all_used(name, files)
         first = [paths[0] for paths in files.values() if paths[0].endswith(".parquet")]
-        if len(first) > 1 and _numbers_differ(first):  # which `datasets` does not see
+        if len(first) > 1 and _numbers_differ(first):  # `datasets` does not notice
             return _load_files("parquet", files, data.streaming)
         if data.streaming:
             return builder.as_streaming_dataset()
@@ -138,14 +138,14 @@ def _load_published(name: str, data: DataArguments) -> dict:
 
 
 def _load_files(kind: str, files: dict[str, list[str]], streaming: bool) -> dict:
-    """Load data files of one kind, each split by itself, whose classes have numbers of its own."""
+    """Load data files of one type, split by split, since splits may number classes differently."""
     splits = {}
     for split, paths in files.items():
-        is_local = "://" not in paths[0]  # elsewhere, each footer takes a request
+        is_local = "://" not in paths[0]  # a remote footer takes a request each
         if kind == "parquet" and is_local and _numbers_differ(paths):
             raise UserError(
-                f'Files of the split "{split}" number their classes differently: {shorten(paths)}. '
-                "Write them with one ClassLabel."
+                f'The files of the split "{split}" number their classes differently: '
+                f"{shorten(paths)}. Write them with the same ClassLabel."
             )
         files = {split: [glob.escape(path) for path in paths]}
         splits[split] = datasets.load_dataset(
@@ -155,7 +155,7 @@ def _load_files(kind: str, files: dict[str, list[str]], streaming: bool) -> dict
 
 
 def _numbers_differ(paths: list[str]) -> bool:
-    """Whether parquet files number their classes in several ways, as their footers have it."""
+    """Return whether parquet files number their classes differently, according to their footers."""
     seen = []
     for path in paths:
         with fsspec.open(path, "rb") as file:
@@ -165,9 +165,9 @@ def _numbers_differ(paths: list[str]) -> bool:
 
 
 def _check_all_used(name: str, files: dict[str, list[str]]) -> None:
-    """UserError for images that `datasets` leaves out beside those that it lists for the splits."""
+    """Raise UserError if `datasets` leaves out images that lie beside those it loads."""
 
-    def place(path: str) -> tuple:  # that of the class folder; a figure of the README is elsewhere
+    def place(path: str) -> tuple:  # the class folder's; the README's figures are elsewhere
         return Path(path).parts[:-2], len(Path(path).parts)
 
     used = {path for paths in files.values() for path in paths}
@@ -183,13 +183,13 @@ def _check_all_used(name: str, files: dict[str, list[str]]) -> None:
     if unused:
         raise UserError(
             f'"{name}" has {len(unused)} images that `datasets` does not load: {shorten(unused)}. '
-            "Correct data_files in its README.md, or load its files from a folder without it."
+            "Correct data_files in its README.md, or load a copy of the folder without README.md."
         )
 
 
 def _as_stream(split: Dataset | IterableDataset) -> IterableDataset:
     if isinstance(split, IterableDataset):
         return split
-    # Image files lie class by class: mixed once, so that shards are too.
+    # Image files are sorted by class: shuffle them once, so that each shard has all classes.
     mixed = split.shuffle(seed=SPLIT_SEED).flatten_indices()
     return mixed.to_iterable_dataset(num_shards=min(len(split), STREAM_SHARDS))

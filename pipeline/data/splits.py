@@ -1,4 +1,4 @@
-"""Say which published split is train, validation and test, and split off train what is missing."""
+"""Assign the roles train, validation and test to published splits; split missing ones off train."""
 
 import re
 from itertools import combinations
@@ -12,8 +12,8 @@ from pipeline.errors import UserError, shorten
 from pipeline.recipe import DataArguments
 from pipeline.runs import print_once
 
-SPLIT_SEED = 0  # the same validation images for every training seed, so that runs compare
-TEST_SIZE = 0.2  # share of train that is the test split of a dataset without one
+SPLIT_SEED = 0  # the same validation images for every training seed, so that runs are comparable
+TEST_SIZE = 0.2  # share of train that becomes the test split where there is none
 SYNONYMS = {
     "train": ("train", "training"),
     "test": ("test", "testing", "eval", "evaluation"),
@@ -25,9 +25,9 @@ SPLIT_WORDS = {word: split for split, words in SYNONYMS.items() for word in word
 def assign_roles(names: list[str], data: DataArguments) -> dict[str, str]:
     """Return which published split serves as "train", "validation" and "test".
 
-    A default in `data` matches in any case, and by its synonyms. A published validation split picks
-    the checkpoint. Where there is no test split, it is the test split, unless `validation_split`
-    names it. What is missing is to be split off train.
+    The default names in `data` match case-insensitively, and match their synonyms. A published
+    validation split picks the checkpoint. Without a test split, it serves as the test split, unless
+    `validation_split` names it. Missing roles are left out: they are split off train later.
     """
     roles = {}
     for role in SYNONYMS:
@@ -61,16 +61,16 @@ def assign_roles(names: list[str], data: DataArguments) -> dict[str, str]:
 
 
 def split_word(path: Path) -> str | None:
-    """Return the split that a file's path names; UserError if it names several."""
+    """Return the split named in a file's path, if any; UserError if there are several."""
     words = re.split(r"[/._-]", str(path).lower())
     splits = sorted({SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS})
     if len(splits) > 1:
-        raise UserError(f'The file "{path}" has several splits in its name: {", ".join(splits)}.')
+        raise UserError(f'The path "{path}" names several splits ({", ".join(splits)}): rename it.')
     return splits[0] if splits else None
 
 
 def split_off(dataset: Dataset, name: str, size: float) -> dict[str, Dataset]:
-    """Split a share of each class off a train split; always the same rows.
+    """Split a share of each class off a train split, always the same rows.
 
     Args:
         dataset: Columns `image` and `label`.
@@ -78,46 +78,46 @@ def split_off(dataset: Dataset, name: str, size: float) -> dict[str, Dataset]:
         size: Its share of the images.
 
     Returns:
-        The new split under its name, and what is left as "train", with an image of each class.
+        The new split under its name, and the rest as "train", with at least one image per class.
     """
     try:
         parts = dataset.train_test_split(size, stratify_by_column="label", seed=SPLIT_SEED)
         return {"train": parts["train"], name: parts["test"]}
-    except ValueError:  # scikit-learn wants two images of each class, and one in each part
+    except ValueError:  # scikit-learn needs two images of each class, one for each part
         labels = class_numbers(dataset)
     rows = choose_rows(labels, max(1, round(size * len(labels))))
     if len(rows) == 0:
         raise UserError(
             f"Cannot split {size:.0%} of the train split off for {name}: no class has two images. "
-            f"Add images, or a {name} split."
+            f"Add images or a {name} split."
         )
     if len(classes := np.setdiff1d(labels, labels[rows])):
         names = shorten([f'"{dataset.features["label"].names[c]}"' for c in classes])
-        print_once(f"Too few images for the {name} split, all in train, of the classes {names}.")
+        print_once(f"Classes with too few images for the {name} split, all kept in train: {names}.")
     return {"train": _drop(dataset, rows), name: dataset.select(rows)}
 
 
 def limit(dataset: Dataset, count: int) -> Dataset:
-    """Return `count` images of a train split, the same share of each class."""
+    """Return `count` images of a train split, with the same share of each class."""
     labels = class_numbers(dataset)
     if count < (classes := len(np.unique(labels))):
         raise UserError(
-            f"max_train_samples is {count}, and there are {classes} classes: give at least one "
-            "image to each."
+            f"max_train_samples is {count}, but there are {classes} classes: set it to at least "
+            "one image per class."
         )
     return _drop(dataset, choose_rows(labels, len(labels) - count))
 
 
 def choose_rows(labels: np.ndarray, count: int) -> np.ndarray:
-    """Choose at most `count` rows at random, the same share of each class but never all of it.
+    """Choose at most `count` rows at random, the same share of each class but never a whole class.
 
-    From class numbers, int (N,), to rows in order, int (count,).
+    Takes class numbers, int (N,), and returns sorted row numbers, int (count,).
     """
     generator = np.random.default_rng(SPLIT_SEED)
     order = generator.permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]  # class by class, shuffled in each
+    order = order[np.argsort(labels[order], kind="stable")]  # by class, shuffled within each
     sizes, classes = np.bincount(labels), labels[order]
-    rank = np.arange(len(labels)) - (np.cumsum(sizes) - sizes)[classes]  # in its class
+    rank = np.arange(len(labels)) - (np.cumsum(sizes) - sizes)[classes]  # within its class
     position = (rank + generator.random(len(sizes))[classes]) / sizes[classes]
     is_free = rank < sizes[classes] - 1
     chosen = order[is_free][np.argsort(position[is_free], kind="stable")]
@@ -125,18 +125,18 @@ def choose_rows(labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def class_numbers(dataset: Dataset) -> np.ndarray:
-    """Return the column `label`, int64 (N,)."""
+    """Return the `label` column, int64 (N,)."""
     return np.asarray(dataset.with_format("numpy")["label"][:])
 
 
 def warn_of_duplicates(splits: dict[str, Dataset]) -> None:
-    """Print how many image files are the same in two splits."""
+    """Print a warning with the number of image files that are identical in two splits."""
     hashes = {name: hash_files(split) for name, split in splits.items()}
     for first, second in combinations(hashes, 2):
         if count := int(np.isin(hashes[second], hashes[first]).sum()):
             print_once(
-                f"Warning: {count:,} images of the {second} split are also in {first}: its "
-                "accuracy will be too high. Remove them from one."
+                f"Warning: {count:,} images of the {second} split are also in {first}, so the "
+                f"accuracy on {second} will be too high. Remove them from one split."
             )
 
 

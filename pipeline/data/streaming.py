@@ -1,8 +1,8 @@
-"""Train from a dataset too large for the disk: read where it lies, decoded on the way, not kept.
+"""Train from a dataset too large for the disk: images are read remotely, decoded and not stored.
 
-Sharding, shuffling and resuming are those of `datasets.IterableDataset`. What is added is the split
-by content: a hash of an image's file says whether it belongs to train, validation or test, the same
-for every process, seed and order, with no list to keep; equal files are never in two splits.
+Sharding, shuffling and resuming are those of `datasets.IterableDataset`. This module adds a split
+by content: a hash of the image file decides whether it belongs to train, validation or test. It is
+the same for every process, seed and order, and identical files are never in two splits.
 """
 
 import atexit
@@ -35,15 +35,15 @@ from pipeline.data.transforms import fit_image, resize_options
 from pipeline.errors import UserError
 from pipeline.recipe import DataArguments
 
-NUM_OPEN_SHARDS = 16  # shards that one process reads in turns
-SHUFFLE_BUFFER = 2048  # undecoded images that one process holds and shuffles
+NUM_OPEN_SHARDS = 16  # shards that a process reads alternately
+SHUFFLE_BUFFER = 2048  # undecoded images that a process buffers and shuffles
 READ_BATCH = 128  # images, = SHUFFLE_BUFFER / NUM_OPEN_SHARDS
-RESHARD_BELOW = 256  # shards; more files are not cut into row groups, since that reads each footer
-VALIDATION_IMAGES = 2000  # at most, decoded in every process
+RESHARD_BELOW = 256  # shards; more files are not split by row group, which reads every footer
+VALIDATION_IMAGES = 2000  # maximum, decoded in every process
 PREFETCH = 2  # batches decoded ahead of the one in use
-SMALL_FILE = 16_384  # bytes; below, one thread decodes faster than several that share the GIL
+SMALL_FILE = 16_384  # bytes; below this, one thread decodes faster than several sharing the GIL
 
-# `datasets` would sleep 5 s after each epoch, for threads of pyarrow that have ended by then.
+# `datasets` would sleep 5 s after each epoch, to wait for pyarrow threads that have already ended.
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
 
 
@@ -56,16 +56,16 @@ def assign_split(file: bytes, validation_size: float, test_size: float) -> str:
 
 
 def load_stream(data: DataArguments | Source, split: str) -> IterableDataset:
-    """Open "train", "validation" or "test" of a stream, undecoded: columns `image` and `label`."""
+    """Open "train", "validation" or "test" as an undecoded stream of `image` and `label`."""
     source = load_source(data)
     data, role = source.data, split if split in source.splits else "train"
     if role not in source.splits:
-        raise UserError(f'The dataset "{data.dataset}" has no split to {split} on.')
+        raise UserError(f'The dataset "{data.dataset}" has no {split} split: set --{split}_split.')
     if split == "train" and data.max_train_samples is not None:
-        raise UserError("A stream has no fixed number of images: leave out max_train_samples.")
+        raise UserError("A stream has no fixed number of images: remove max_train_samples.")
     stream, name = source.splits[role], source.roles[role]
     if source.label not in stream.features:
-        raise UserError(f'The split "{name}" has no labels: name another one.')
+        raise UserError(f'The split "{name}" has no labels: choose another one.')
     sizes = {"validation": data.validation_size, "test": TEST_SIZE}
     sizes = [0.0 if role in source.splits else size for role, size in sizes.items()]
     stream = stream.cast_column(source.image, datasets.Image(decode=False))
@@ -83,10 +83,10 @@ def load_stream(data: DataArguments | Source, split: str) -> IterableDataset:
 
 
 def store_stream(rows: IterableDataset, split: str) -> Dataset:
-    """Return the images of a stream, undecoded: columns `image`, `label` and `row`.
+    """Store the undecoded images of a stream, with columns `image`, `label` and `row`.
 
-    Of "validation" a sample, as many from each shard, in memory; otherwise all of them, on disk
-    until this process ends.
+    For "validation", this is a sample with as many images from each shard, in memory; otherwise it
+    is all images, on disk until this process ends.
     """
     rows = rows.with_format(None)
     if split == "validation":
@@ -107,24 +107,24 @@ def store_stream(rows: IterableDataset, split: str) -> Dataset:
 
 @dataclass(eq=False)
 class ImageStream(torch.utils.data.IterableDataset):
-    """Endless training batches for one of several processes; a DataLoader leaves them as they are.
+    """Endless training batches for one of several processes; a DataLoader passes them through.
 
-    Each batch is {"pixel_values": uint8 (B, 3, H, W), "labels": int64 (B,)}. H and W are the
-    images' own where a batch's share one that is no larger than the model's input, else its size.
+    Each batch is {"pixel_values": uint8 (B, 3, H, W), "labels": int64 (B,)}. H and W are those of
+    the images if all in the batch agree and fit the model's input, otherwise its input size.
     """
 
     rows: IterableDataset  # the train split, see `load_stream`
-    batch_size: int  # of this process
+    batch_size: int  # per process
     processor: Any  # the model's image processor
-    seed: int = 0  # of the order of shards and images
+    seed: int = 0  # for the order of shards and images
     rank: int = 0  # of this process
-    world_size: int = 1  # processes that share the images
-    num_threads: int | None = None  # that decode; one per core by default
-    skip_corrupt: bool = False  # leave out images that can't be decoded, and print which
+    world_size: int = 1  # number of processes that share the images
+    num_threads: int | None = None  # decoding threads; one per core by default
+    skip_corrupt: bool = False  # skip images that can't be decoded, and print which
 
     def __post_init__(self):
         self.split = self.rows.split or "train"
-        self.corrupt: set[int] = set()  # hashes of the files left out
+        self.corrupt: set[int] = set()  # hashes of the skipped files
         self.fit = resize_options(self.processor)
         stream = self.rows.shuffle(
             self.seed, buffer_size=SHUFFLE_BUFFER, max_buffer_input_shards=NUM_OPEN_SHARDS
@@ -133,7 +133,7 @@ class ImageStream(torch.utils.data.IterableDataset):
         self.state = {"batches": 0, "epoch": 0, "stream": None}  # after the last batch
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        # The Trainer, resumed, takes the batches it has seen and drops them: here they are empty.
+        # A resumed Trainer skips the batches it has already seen, so these can be empty.
         yield from repeat({}, self.state["batches"])
         batches = self._batches()
         with ThreadPoolExecutor(1) as thread:
@@ -144,30 +144,30 @@ class ImageStream(torch.utils.data.IterableDataset):
                 yield batch
 
     def save(self, folder: Path) -> None:
-        """Write the position after the last batch that was given out."""
+        """Save the position after the last batch that was yielded."""
         (folder / self._file()).write_text(json.dumps(self.state), "utf-8")
 
     def resume(self, folder: Path) -> None:
-        """Go on from where `save` was, without what the shuffle buffer held then.
+        """Continue from a saved position, without the images then in the shuffle buffer.
 
-        That is how `IterableDataset.load_state_dict` resumes.
+        `IterableDataset.load_state_dict` resumes this way too.
 
         Raises:
-            UserError: The state is not of a run in as many processes.
+            UserError: The state was not saved by a run with the same number of processes.
         """
         try:
             self.state = json.loads((folder / self._file()).read_text("utf-8"))
         except FileNotFoundError:
             raise UserError(
-                f"{folder} is not of a streamed run in {self.world_size} processes: go on with as "
-                "many as before, or start again with ARGS=--restart."
+                f"{folder} was not saved by a streamed run in {self.world_size} processes: resume "
+                "with as many processes as before, or start again with ARGS=--restart."
             ) from None
 
     def _file(self) -> str:
         return f"stream_{self.rank}_of_{self.world_size}.json"
 
     def _batches(self) -> Iterator[tuple[dict[str, torch.Tensor], dict]]:
-        """Batches, each with the state after it."""
+        """Yield batches, each with the state after it."""
         batches, resumed = self.state["batches"], self.state["stream"] is not None
         if resumed:
             self.stream.load_state_dict(self.state["stream"])
@@ -182,13 +182,13 @@ class ImageStream(torch.utils.data.IterableDataset):
                         yield batch, state | {"stream": self.stream.state_dict()}
                 if batches == start and not resumed:  # the rest of a resumed epoch may be empty
                     raise UserError(
-                        f'The split "{self.split}" has no training image for each of '
-                        f"{self.world_size} processes."
+                        f'The split "{self.split}" has too few training images for '
+                        f"{self.world_size} processes: use fewer."
                     )
                 resumed = False
 
     def _decode(self, table: pa.Table, pool: ThreadPoolExecutor) -> dict[str, torch.Tensor] | None:
-        """A batch; None if all of its images are corrupt."""
+        """Decode a batch; return None if all of its images are corrupt."""
         cells = table["image"].to_pylist()
         is_small = table.nbytes < SMALL_FILE * len(cells)
         images = list(map(self._open, cells) if is_small else pool.map(self._open, cells))
@@ -203,30 +203,30 @@ class ImageStream(torch.utils.data.IterableDataset):
         return {"pixel_values": torch.from_numpy(pixels), "labels": torch.from_numpy(labels)}
 
     def _open(self, cell: dict) -> Image.Image | None:
-        """An image, no larger than the model's input; None for a corrupt one that is skipped."""
+        """Open an image, no larger than the model's input; None for a skipped corrupt image."""
         try:
             image = open_image(cell, f'An image of the split "{self.split}"')
         except UserError as error:
             if not self.skip_corrupt:
                 raise
-            if (key := hash_file(cell["bytes"])) not in self.corrupt:  # not in each epoch
+            if (key := hash_file(cell["bytes"])) not in self.corrupt:  # print it once
                 self.corrupt.add(key)
-                print(f"Left out corrupt image {len(self.corrupt)}: {error}")
+                print(f"Skipped corrupt image {len(self.corrupt)}: {error}")
             return None
         return fit_image(image, *self.fit) if max(image.size) > self.fit[0] else image
 
 
 def _select(table: pa.Table, kind, names, published, image, label, sizes, split) -> pa.Table:
-    """Images with their content and classes: all of a published split, or those of `split`."""
+    """Return image files and labels: all of a published split, or only those of `split`."""
     labels = encode(table[label], kind, names, published)
     files, paths = (pc.struct_field(table[image], field) for field in ("bytes", "path"))
     if (missing := labels == MISSING).any():
         row = int(missing.argmax())
         raise UserError(
             f'In the split "{published}", an image lacks a label from 0 to {len(names) - 1}: '
-            f"{paths[row]} has the label {table[label][row]}."
+            f"{paths[row]} has the label {table[label][row]}; correct or remove it."
         )
-    if files.null_count:  # they lie beside the table
+    if files.null_count:  # they are stored outside the table
         try:
             files = pa.array([read_image(cell) for cell in table[image].to_pylist()])
         except OSError as error:

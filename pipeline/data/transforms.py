@@ -1,7 +1,7 @@
 """Resize, augment, normalize and mix whole batches of uint8 images on the device.
 
-The resize is Pillow's own arithmetic, so that `transformers.pipeline()`, which resizes with Pillow,
-gives the published model the pixels it was trained on.
+The resize matches Pillow exactly, so that `transformers.pipeline()`, which resizes with Pillow,
+gives the published model the same pixels as in training.
 
 - Horizontal flip and padded random crop: He et al. 2016, "Deep Residual Learning", section 4.2.
 - Mixup: Zhang et al. 2018, arXiv:1710.09412. CutMix: Yun et al. 2019, arXiv:1905.04899.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 
-# Pillow's filters by their number in an image processor: (half width in pixels, function).
+# Pillow's filters, keyed by an image processor's `resample`: (half width in pixels, function).
 FILTERS = {
     Resampling.BOX: (0.5, lambda x: ((x > -0.5) & (x <= 0.5)).to(x.dtype)),
     Resampling.BILINEAR: (1.0, lambda x: (1 - x.abs()).clamp(min=0)),
@@ -31,7 +31,7 @@ CHUNK = 8  # images
 
 
 def preprocess(images: Tensor, processor, size: int | None = None) -> Tensor:
-    """Do what an image processor does, for a whole batch on its device.
+    """Apply an image processor's steps to a whole batch on its device.
 
     Args:
         images: uint8 (B, 3, H, W), returned as float32 (B, 3, S, S).
@@ -47,7 +47,7 @@ def preprocess(images: Tensor, processor, size: int | None = None) -> Tensor:
     mean, std = _by_channel(mean, images.device), _by_channel(std, images.device)
     is_bgr = getattr(processor, "do_flip_channel_order", False)  # MobileViT's
     pixels = torch.empty(len(images), 3, size, size, device=images.device)
-    # On a CPU a few images at a time, which stay in its cache between the steps.
+    # On a CPU, process a few images at a time, so that they stay in its cache between steps.
     step = CHUNK if images.device.type == "cpu" else max(len(images), 1)
     for part, target in zip(images.split(step), pixels.split(step), strict=True):
         resized = resize(part, size, resample, crop)
@@ -57,23 +57,23 @@ def preprocess(images: Tensor, processor, size: int | None = None) -> Tensor:
 
 
 def input_size(processor) -> int:
-    """Return the side, in pixels, of the squares that an image processor makes."""
+    """Return the side, in pixels, of an image processor's square output."""
     return (processor.crop_size if processor.do_center_crop else processor.size)["height"]
 
 
 def resize_options(processor) -> tuple[int, int, bool]:
-    """Return what `resize` and `fit_image` take: the size, Pillow's filter, whether to crop."""
+    """Return the arguments of `resize` and `fit_image`: size, Pillow filter, whether to crop."""
     return input_size(processor), processor.resample, bool(processor.do_center_crop)
 
 
 def fit_image(image: Image.Image, size: int, resample: int, crop: bool = False) -> Image.Image:
-    """Resize an image as `resize` does a batch; that leaves the result as it is."""
+    """Resize one image as `resize` does a batch; `resize` does not change the result further."""
     rows, columns, top, left = _placement(image.height, image.width, size, crop)
     return image.resize((columns, rows), resample).crop((left, top, left + size, top + size))
 
 
 def visible_part(image: Image.Image, processor) -> Image.Image:
-    """Return what the model sees of an image: all of it, or if it is cropped, the center square."""
+    """Return the part of an image that the model sees: all of it, or the center square crop."""
     if not processor.do_center_crop:
         return image
     return ImageOps.fit(image, (min(image.size),) * 2, Resampling.NEAREST)
@@ -82,19 +82,19 @@ def visible_part(image: Image.Image, processor) -> Image.Image:
 def augment(
     images: Tensor, horizontal_flip: bool, random_crop_padding: float, generator: torch.Generator
 ) -> Tensor:
-    """Augment a batch at random, uint8 (B, 3, H, W) to the same.
+    """Randomly augment a batch, returned as uint8 (B, 3, H, W).
 
     Args:
-        images: The batch.
+        images: The batch, uint8 (B, 3, H, W).
         horizontal_flip: Mirror each image left to right with probability 1/2.
         random_crop_padding: Shift each image by up to this share of its side; the border is filled
             by reflection. 0.125 is the usual 4 pixels of a 32-pixel image.
-        generator: On the device of the images.
+        generator: A generator on the device of the images.
     """
     batch, _, height, width = images.shape
     device = images.device
 
-    def source_index(size: int) -> Tensor:  # (B, size): what stands in each target row or column
+    def source_index(size: int) -> Tensor:  # (B, size): the source of each target row or column
         reach = round(size * random_crop_padding)
         shift = torch.randint(-reach, reach + 1, (batch, 1), device=device, generator=generator)
         index = (torch.arange(size, device=device) + shift).abs()
@@ -112,12 +112,12 @@ def augment(
 
 
 def resize(images: Tensor, size: int, resample: int, crop: bool = False) -> Tensor:
-    """Resize to a square as Pillow does, bit for bit. uint8 (B, 3, H, W) to (B, 3, size, size).
+    """Resize to a square, bit-identical to Pillow. uint8 (B, 3, H, W) to (B, 3, size, size).
 
-    The whole image, or if `crop` its shortest edge, of which the center is cropped.
+    Resizes the whole image, or with `crop` the shortest edge before cropping the center.
     """
-    # Separable: along the width first, rounded to 8 bits in between, as Pillow does.
-    # float64 holds the products of 8-bit pixels and 22-bit weights exactly.
+    # Separable: along the width first, rounded to 8 bits in between, as in Pillow.
+    # float64 represents the products of 8-bit pixels and 22-bit weights exactly.
     dtype = torch.float32 if images.device.type == "mps" else torch.float64
     height, width = images.shape[-2:]
     rows, columns, top, left = _placement(height, width, size, crop)
@@ -132,18 +132,18 @@ def resize(images: Tensor, size: int, resample: int, crop: bool = False) -> Tens
     return images[..., top : top + size, :]
 
 
-@lru_cache(maxsize=16)  # copying to the device on every call would stall its queue
+@lru_cache(maxsize=16)  # copying to the device on each call would stall its queue
 def resize_weights(
     size: int, new_size: int, resample: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Return the weight of each source pixel in each target pixel: (new_size, size) on the device.
+    """Return the weight of each source pixel in each target pixel, (new_size, size), on the device.
 
-    Pillow's `precompute_coeffs`: the filter is widened when shrinking (antialiasing), cut
+    As in Pillow's `precompute_coeffs`, the filter is widened when shrinking (antialiasing), cut
     at the border, normalized, and rounded to `PRECISION_BITS`. UserError for an unknown filter.
     """
     scale = size / new_size
     if resample == Resampling.NEAREST:
-        centers = np.cumsum([scale / 2] + [scale] * (new_size - 1))  # Pillow adds up too
+        centers = np.cumsum([scale / 2] + [scale] * (new_size - 1))  # a running sum, as in Pillow
         return F.one_hot(torch.from_numpy(centers.astype(int)), size).to(device, dtype)
     if resample not in FILTERS:
         raise UserError(f"The image processor's resample is {resample}; choose from 0 to 5.")
@@ -174,21 +174,21 @@ def mix(
     cutmix: float,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Mix a batch with itself reversed, by mixup or CutMix; one of them by chance if both are on.
+    """Mix a batch with its reverse by mixup or CutMix; choose one at random if both are on.
 
     Args:
         images: float (B, 3, S, S), returned mixed.
-        labels: int64 (B,), returned soft, float (B, num_classes).
-        num_classes: Of the model.
-        mixup: Parameter of the Beta distribution; 0 is off.
-        cutmix: Likewise.
-        generator: On the CPU.
+        labels: int64 (B,), returned as soft labels, float (B, num_classes).
+        num_classes: The model's number of classes.
+        mixup: Parameter of the Beta distribution for mixup; 0 is off.
+        cutmix: Parameter of the Beta distribution for CutMix; 0 is off.
+        generator: A generator on the CPU.
     """
-    # PyTorch has no Beta distribution with a generator.
+    # PyTorch's Beta distribution takes no generator.
     random = np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
     use_cutmix = cutmix > 0 and (mixup == 0 or random.random() < 0.5)
     alpha = cutmix if use_cutmix else mixup
-    share = random.beta(alpha, alpha)  # of the image itself
+    share = random.beta(alpha, alpha)  # the original image's share
     if use_cutmix:
         size = images.shape[-1]
         side = round(size * (1 - share) ** 0.5)
@@ -204,7 +204,7 @@ def mix(
 
 
 def _placement(height: int, width: int, size: int, crop: bool) -> tuple[int, int, int, int]:
-    """Rows and columns of the resized image, and where the square begins in it: top and left."""
+    """Return the resized image's rows and columns, and the top and left of the square in it."""
     if not crop:
         return size, size, 0, 0
     rows, columns = (int(size * side / min(height, width)) for side in (height, width))
@@ -218,5 +218,5 @@ def _cubic(x: Tensor, a: float = -0.5) -> Tensor:
 
 
 def _round_to_uint8(values: Tensor) -> Tensor:
-    # In place, for the values are large; what is not negative, the conversion rounds down.
+    # In place, since the tensor is large; the conversion truncates, which rounds down here.
     return values.add_(0.5).clamp_(0, 255).to(torch.uint8)

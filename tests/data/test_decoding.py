@@ -134,7 +134,7 @@ def test_corrupt_images_of_a_stream_are_left_out_and_named_once(corrupt, capsys)
         if images.state["epoch"] == 2:
             break
     printed = capsys.readouterr().out
-    assert printed.count("Left out") - printed.count("Left out 1 corrupt") <= 3
+    assert printed.count("Skipped") - printed.count("Skipped 1 corrupt") <= 3
     for file in ("cat/0.png", "cat/3.png", "dog/15.png"):
         assert printed.count(f"train/{file})") == 1
     assert len(validation) > 0

@@ -82,7 +82,7 @@ def test_a_test_split_without_a_label_column_does_not_either(tmp_path):
 
 
 def test_minus_one_beside_other_numbers_is_refused(tmp_path):
-    with pytest.raises(UserError, match='column "label" holds -1 beside 0'):
+    with pytest.raises(UserError, match='column "label" contains both -1 and 0'):
         load_raw(write(tmp_path, Value("int64"), [-1, 0, 1, 2] * 5))
 
 
@@ -117,7 +117,7 @@ def test_a_models_classes_hold_for_a_dataset_with_some_of_them(tmp_path):
     split = load_split(data, "test", image_processor(), names)
     assert split.features["label"].names == names
     assert split["label"][:4] == [1, 2, 1, 2]
-    with pytest.raises(UserError, match='class "dog", which is not among the 2 .*: bird, cat'):
+    with pytest.raises(UserError, match=r'"dog", which is not among .* 2 classes \(bird, cat'):
         load_split(data, "test", image_processor(), ["bird", "cat"])
 
 

@@ -81,7 +81,7 @@ def test_a_test_split_alone_can_be_scored_but_not_trained_on(tmp_path):
     put(tmp_path / "test", files())
     data = DataArguments(dataset=str(tmp_path))
     assert list(load_splits(data, image_processor(), "test", "validation")) == ["test"]
-    with pytest.raises(UserError, match="no split to train on"):
+    with pytest.raises(UserError, match="has no train split"):
         load_splits(data, image_processor(), "train", "validation")
 
 
@@ -107,7 +107,7 @@ def test_classes_too_small_to_split_stay_in_train_and_are_named(tmp_path, capsys
     assert np.sum(list(counts.values()), axis=0).tolist() == [1, 20, 20]
     assert len(raw["test"]) == 8
     assert len(raw["validation"]) == 2
-    assert 'Too few images for the test split, all in train, of the classes "bird"' in (
+    assert 'Classes with too few images for the test split, all kept in train: "bird"' in (
         capsys.readouterr().out
     )
 
@@ -128,7 +128,7 @@ def test_a_quick_trial_takes_the_same_share_of_each_class(tmp_path):
     assert len(train) == 12
     assert np.bincount(train["label"][:])[:2].tolist() == [8, 3]
     assert train["row"][:] == load_raw(data)["train"]["row"][:]
-    with pytest.raises(UserError, match="max_train_samples is 2, and there are 3 classes"):
+    with pytest.raises(UserError, match="max_train_samples is 2, but there are 3 classes"):
         load_raw(replace(data, max_train_samples=2))
     assert len(load_raw(replace(data, max_train_samples=999))["train"]) == 58
 

@@ -126,7 +126,7 @@ def linked_class_folder(folder):
 def broken_link(folder):
     put(folder, files())
     (folder / "cat" / "9.png").symlink_to(folder / "nowhere.png")
-    return r"links lead nowhere: cat/9\.png"
+    return r"links are broken: cat/9\.png"
 
 
 def avif(folder):
@@ -160,13 +160,13 @@ def wrapped(folder):
 def nested_classes(folder):
     put(folder, files(), "animals/{label}/{i}.png")
     put(folder, files("rose"), "plants/{label}/{i}.png")
-    return "folders inside of class folders: animals/cat/0.png"
+    return "folders inside class folders: animals/cat/0.png"
 
 
 def class_before_split(folder):
     put(folder, files(), "{label}/train/{i}.png")
     put(folder, files(seed=100), "{label}/test/{i}.png")
-    return "folders inside of class folders: cat/test/0.png"
+    return "folders inside class folders: cat/test/0.png"
 
 
 def empty_class_folder(folder):
@@ -178,7 +178,7 @@ def empty_class_folder(folder):
 def images_beside_splits(folder):
     put(folder / "train", files())
     put(folder / "more", files(seed=100))
-    return "split folders train, and images beside them: more/cat/0.png"
+    return "split folders train, and images outside them: more/cat/0.png"
 
 
 def images_outside_class_folders(folder):
@@ -191,7 +191,7 @@ def two_folders_of_one_split(folder):
     put(folder / "train", files())
     put(folder / "val", files(seed=100))
     put(folder / "dev", files(seed=200))
-    return "two folders of one split: dev, .*val"
+    return "two folders for one split: dev, .*val"
 
 
 def file_in_two_splits(folder):
@@ -204,7 +204,7 @@ def file_in_two_splits(folder):
 def class_only_in_test(folder):
     put(folder / "train", files())
     put(folder / "test", files("cat bird", seed=100))
-    return 'split "test" has images of the class "bird".* cat, dog'
+    return 'split "test" has images of the class "bird".*.cat, dog'
 
 
 def classes_named_by_numbers(folder):
@@ -288,7 +288,7 @@ def image_without_a_row(folder):
 def row_without_an_image(folder):
     metadata_csv(folder)
     (folder / "3.png").unlink()
-    return r"metadata\.csv names 1 images .*: 3\.png"
+    return r"metadata\.csv lists 1 images .*: 3\.png"
 
 
 def name_in_two_splits_of_a_csv(folder):
@@ -326,7 +326,7 @@ def parquet_files_numbered_differently(folder):
     kind, images = ClassLabel(names=["cat", "dog"]), files()
     parquet(folder / "train-0.parquet", images, kind, [0, 1] * 6)
     parquet(folder / "train-1.parquet", images, ClassLabel(names=["dog", "cat"]), [0, 1] * 6)
-    return r'Files of the split "train" number .*train-0.parquet, .*train-1.parquet'
+    return r'files of the split "train" number .*train-0.parquet, .*train-1.parquet'
 
 
 def parquet_in_capitals(folder):
@@ -340,7 +340,7 @@ def parquet_in_capitals(folder):
 def parquet_of_no_split(folder):
     for name in ("train", "rest"):
         parquet(folder / f"pets_{name}.parquet", files(), Value("int64"), [0, 1] * 6)
-    return r"names of .*pets_rest\.parquet do not say to which split"
+    return r"file names .*pets_rest\.parquet do not say which split"
 
 
 def parquet_with_an_id(folder):
