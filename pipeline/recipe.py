@@ -1,7 +1,7 @@
-"""A recipe is the experiment: a YAML file of settings, overridden by the command line.
+"""Recipes: the YAML file of an experiment's settings, overridden by the command line.
 
 Its keys are the fields of the dataclasses here and of transformers' `TrainingArguments`. The file
-sets the defaults of one `HfArgumentParser`, so that a value means the same in both places.
+sets the defaults of a `HfArgumentParser`, so that a value means the same in both places.
 """
 
 import re
@@ -18,7 +18,7 @@ from pipeline.recipe_checks import LOWER_IS_BETTER, NON_SEMANTIC_KEYS, check_key
 from pipeline.runs import MODELS, check_run_name, model_file, pin
 
 RECIPES = Path(__file__).parent / "recipes"
-# Under every recipe: validate and save once an epoch, and keep the best.
+# Defaults for every recipe: validate and save once per epoch, and keep the best checkpoint.
 DEFAULTS = {
     **dict.fromkeys(("eval_strategy", "save_strategy"), "epoch"),
     "save_total_limit": 2,
@@ -27,14 +27,14 @@ DEFAULTS = {
     "logging_steps": 50,
     "report_to": "none",
 }
-# Under a streamed one, which has no epochs: validate and save ten times.
+# Defaults for a streamed recipe, which has no epochs: validate and save ten times.
 STREAMING_DEFAULTS = dict.fromkeys(("eval_strategy", "save_strategy"), "steps")
 STREAMING_DEFAULTS |= dict.fromkeys(("eval_steps", "save_steps"), 0.1)
 
 
 @dataclass
 class DataArguments:
-    """Which images, and how they are split."""
+    """The images and how they are split."""
 
     dataset: str = HfArg(
         default="uoft-cs/cifar10",
@@ -42,17 +42,17 @@ class DataArguments:
     )
     dataset_config: str | None = HfArg(default=None, help="its configuration")
     dataset_revision: str | None = HfArg(default=None, help="its commit or tag")
-    image_column: str | None = HfArg(default=None, help="default: the only one")
-    label_column: str | None = HfArg(default=None, help="default: the only one")
+    image_column: str | None = HfArg(default=None, help="default: the only image column")
+    label_column: str | None = HfArg(default=None, help="default: the only label column")
     train_split: str = HfArg(default="train", help="the split to train on")
-    test_split: str = HfArg(default="test", help="the one to evaluate; if missing, 20 % of train")
-    validation_split: str | None = HfArg(default=None, help="the one that picks the checkpoint")
-    validation_size: float = HfArg(default=0.05, help="share of train that picks the checkpoint")
+    test_split: str = HfArg(default="test", help="the split to evaluate; default: 20 % of train")
+    validation_split: str | None = HfArg(default=None, help="the split to pick the checkpoint by")
+    validation_size: float = HfArg(default=0.05, help="share of train used without that split")
     max_train_samples: int | None = HfArg(
-        default=None, help="train on this many images only, in the proportions of the classes"
+        default=None, help="train on only this many images, with the same share of each class"
     )
-    skip_corrupt: bool = HfArg(default=False, help="skip unreadable images")
-    streaming: bool = HfArg(default=False, help="read images while training, and store none")
+    skip_corrupt: bool = HfArg(default=False, help="skip images that can't be decoded")
+    streaming: bool = HfArg(default=False, help="read images while training, without storing")
     num_proc: int | None = HfArg(
         default=None, help="processes that decode images (threads if streaming)"
     )
@@ -60,24 +60,24 @@ class DataArguments:
 
 @dataclass
 class ModelArguments:
-    """Which backbone, and how it is set up."""
+    """The backbone and its options."""
 
     model: str | None = HfArg(
         default="google/vit-base-patch16-224-in21k", help="the backbone: a Hub id or a local folder"
     )
     model_revision: str | None = HfArg(default=None, help="its commit or tag")
     model_config: dict | str | None = HfArg(
-        default=None, help="build this configuration, untrained, in place of a model"
+        default=None, help="build an untrained model of this configuration instead of `model`"
     )
     image_size: int = HfArg(default=224, help="side of the model's input, in pixels")
     image_size_schedule: dict | str | None = HfArg(
-        default=None, help="sizes to train at, by the share of the steps done: {0: 56, 0.5: 98}"
+        default=None, help="sizes to train at, by share of steps done, such as {0: 56, 0.5: 98}"
     )
     resize: str = HfArg(default="squash", help="squash images to squares, or crop their center")
-    attention: str = HfArg(default="auto", help="in training: sdpa, eager, or auto, the faster one")
+    attention: str = HfArg(default="auto", help="in training: sdpa, eager, or auto (the faster)")
     freeze_backbone: bool = HfArg(default=False, help="train only the head")
-    drop_path_rate: float = HfArg(default=0.0, help="stochastic depth, where the config has it")
-    layer_decay: float = HfArg(default=1.0, help="a layer's learning rate over the next one's")
+    drop_path_rate: float = HfArg(default=0.0, help="stochastic depth, if the model supports it")
+    layer_decay: float = HfArg(default=1.0, help="a layer's learning rate divided by the next's")
 
     def __post_init__(self):
         self.model_config = _parse(self.model_config)
@@ -91,9 +91,9 @@ class ModelArguments:
 
 @dataclass
 class AugmentationArguments:
-    """What is done to training images. Label smoothing is `label_smoothing_factor`."""
+    """Augmentations of training images. For label smoothing, see `label_smoothing_factor`."""
 
-    horizontal_flip: bool = HfArg(default=False, help="mirror half of the images")
+    horizontal_flip: bool = HfArg(default=False, help="flip half of the images horizontally")
     random_crop_padding: float = HfArg(default=0.0, help="shift by up to this share of the side")
     mixup: float = HfArg(default=0.0, help="Beta parameter of mixup; 0 is off")
     cutmix: float = HfArg(default=0.0, help="Beta parameter of CutMix; 0 is off")
@@ -101,15 +101,15 @@ class AugmentationArguments:
 
 @dataclass
 class ObjectiveArguments:
-    """What is optimized, and when training ends early."""
+    """The loss, early stopping and calibration."""
 
     class_weights: dict | str | None = HfArg(
-        default=None, help="weights of the loss: balanced, or a weight by class name"
+        default=None, help="class weights in the loss: balanced, or a weight for each class name"
     )
     early_stopping_patience: int | None = HfArg(
-        default=None, help="validations without improvement after which training ends"
+        default=None, help="end training after this many validations without improvement"
     )
-    calibrate: bool = HfArg(default=False, help="fold a temperature into the head, by validation")
+    calibrate: bool = HfArg(default=False, help="scale the head by a temperature fit on validation")
 
     def __post_init__(self):
         self.class_weights = _parse(self.class_weights)
@@ -121,7 +121,7 @@ RECIPE_DEFAULTS = {key.name: key.default for group in RECIPE_GROUPS for key in f
 
 @dataclass
 class Recipe:
-    """One experiment, resolved; `settings` are all values that decide what is learned, as given."""
+    """One resolved experiment; `settings` holds all values that affect the trained model."""
 
     run: str
     data: DataArguments
@@ -133,16 +133,16 @@ class Recipe:
 
     @property
     def model_folder(self) -> Path:
-        """Where the trained model is saved."""
+        """The folder of the trained model."""
         return MODELS / self.run
 
     @property
     def checkpoint_folder(self) -> Path:
-        """Where checkpoints are kept."""
+        """The folder of the checkpoints."""
         return Path(self.training.output_dir)
 
     def pin_sources(self, resume: bool) -> None:
-        """Resolve dataset and backbone to commits (see `runs.pin`); a resumed run keeps its own."""
+        """Pin dataset and backbone to commits (see `runs.pin`); a resumed run keeps its commits."""
         files = (self.model_folder / "recipe.yaml", self.checkpoint_folder / "recipe.yaml")
         saved = next((_read_yaml(file) for file in files if resume and file.is_file()), {})
         for group, key in ((self.data, "dataset"), (self.model, "model")):
@@ -156,12 +156,12 @@ class Recipe:
                 self.settings[attribute] = value
 
     def save(self, folder: Path) -> None:
-        """Write `recipe.yaml`, from which `load_recipe` gives the same run again."""
+        """Save `recipe.yaml`, from which `load_recipe` reproduces the run."""
         (folder / "recipe.yaml").write_text(to_yaml(self.settings), "utf-8")
 
 
 def _parse(value):
-    """A mapping that the command line gives as YAML or JSON."""
+    """Parse a mapping given on the command line as YAML or JSON."""
     return yaml.safe_load(value) if isinstance(value, str) else value
 
 
@@ -178,10 +178,10 @@ def load_recipe(name: str, overrides: list[str] = (), run: str | None = None) ->
         name: A file in `pipeline/recipes`, a YAML file, or a published model as
             `hub:name/model@rev`.
         overrides: Arguments such as `--seed=1`.
-        run: Name of the run; by default the recipe's.
+        run: The run's name; by default the recipe's.
 
     Raises:
-        UserError: There is no such recipe, a key is unknown, or a value is of the wrong kind.
+        UserError: There is no such recipe, a key is unknown, or a value is invalid.
     """
     path = _find(name)
     settings = _read_yaml(path)
@@ -194,15 +194,15 @@ def load_recipe(name: str, overrides: list[str] = (), run: str | None = None) ->
     parser = _Parser((*RECIPE_GROUPS, TrainingArguments), allow_abbrev=False)
     streaming = str((settings | given).get("streaming")).lower() in ("true", "yes", "1")
     settings = DEFAULTS | (STREAMING_DEFAULTS if streaming else {}) | settings
-    # Our columns are not the model's. The filter would wait for the device at every step, and log
-    # a diverged loss as a sound one.
+    # Our columns are not the model's. The filter would sync with the device at every step, and
+    # would hide a diverged loss in the logs.
     fixed = {"remove_unused_columns": False, "logging_nan_inf_filter": False}
     if not torch.accelerator.is_available():
-        fixed["use_cpu"] = True  # otherwise TrainingArguments refuses bf16
-    elif "accelerator_config" not in settings:  # send a batch while the device works on the last
+        fixed["use_cpu"] = True  # otherwise TrainingArguments rejects bf16
+    elif "accelerator_config" not in settings:  # copy a batch while the device computes
         fixed["accelerator_config"] = {"non_blocking": True}
     for key, value in (settings | fixed).items():
-        # argparse checks the type of a default only where that is a string.
+        # argparse checks the type of a default only if it is a string.
         as_is = value is None or isinstance(value, (dict, list))
         parser.set_defaults(**{key: value if as_is else str(value)})
 
@@ -218,11 +218,11 @@ def load_recipe(name: str, overrides: list[str] = (), run: str | None = None) ->
     except (ValueError, TypeError, ImportError, yaml.YAMLError) as error:
         raise UserError(f"Recipe: {error}") from None
     if unknown:
-        raise UserError(f'Cannot read "{unknown[0]}"; settings are given as --key=value.')
+        raise UserError(f'Cannot read "{unknown[0]}": write settings as --key=value.')
     resolved = {key: value for group in groups for key, value in asdict(group).items()}
     for key in (*settings, *given):
         value = getattr(training, key, None)
-        resolved.setdefault(key, getattr(value, "value", value))  # an enum as its value
+        resolved.setdefault(key, getattr(value, "value", value))  # convert enums to values
     resolved = {key: value for key, value in resolved.items() if key not in NON_SEMANTIC_KEYS}
     if "greater_is_better" not in (*settings, *given):
         metric = (training.metric_for_best_model or "").removeprefix("eval_")
@@ -239,20 +239,20 @@ def to_yaml(settings: dict) -> str:
 
 
 def load_settings(model: str) -> dict | None:
-    """Return the settings a model was trained with, from the recipe.yaml beside it, if any."""
+    """Return the settings a model was trained with, from its recipe.yaml, if any."""
     path = model_file(model, "recipe.yaml")
     return _read_yaml(path) if path else None
 
 
 def data_arguments(model: str, dataset: str | None = None) -> DataArguments:
-    """Return the data a model was trained on, by its recipe, or `dataset` in its place.
+    """Return the data arguments from a model's recipe, with `dataset` in place of its dataset.
 
     Raises:
-        UserError: Neither is known.
+        UserError: There is neither a recipe nor a dataset.
     """
     settings = load_settings(model)
     if settings is None and dataset is None:
-        raise UserError(f'"{model}" has no recipe.yaml: say which data to use with DATASET=.')
+        raise UserError(f'"{model}" has no recipe.yaml: name the dataset with DATASET=.')
     keys = [key.name for key in fields(DataArguments)]
     data = DataArguments(**{key: settings[key] for key in keys if key in (settings or {})})
     if dataset is None:
@@ -261,7 +261,7 @@ def data_arguments(model: str, dataset: str | None = None) -> DataArguments:
 
 
 def _expand_flags(args: list[str]) -> list[str]:
-    """`--no_KEY` as `--KEY=false`, and a `--KEY` without a value as `--KEY=true`."""
+    """Expand `--no_KEY` to `--KEY=false`, and `--KEY` without a value to `--KEY=true`."""
     args = [re.sub(r"^--no[_-]([^=]+)$", r"--\1=false", arg) for arg in args]
     pairs = zip(args, [*args, "--"][1:], strict=True)
     return [
@@ -275,7 +275,7 @@ def _find(name: str) -> Path:
         model = name.removeprefix("hub:")
         path = model_file(model, "recipe.yaml")
         if path is None:
-            raise UserError(f'The model "{model}" has no recipe.yaml to train by.')
+            raise UserError(f'The model "{model}" has no recipe.yaml: choose another recipe.')
         return path
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file():
@@ -291,7 +291,7 @@ def _read_yaml(path: Path) -> dict:
     try:
         settings = yaml.safe_load(path.read_text("utf-8")) or {}
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
-        raise UserError(f"{path} is not a recipe: it should hold lines of the form key: value.")
+        raise UserError(f"{path} is not a recipe: it should have lines of the form key: value.")
     return settings

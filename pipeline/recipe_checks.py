@@ -1,4 +1,4 @@
-"""Check a recipe's keys and values before anything is loaded; each error names the key."""
+"""Check a recipe's keys and values before anything is loaded. Each error names the key."""
 
 import difflib
 from dataclasses import fields
@@ -14,7 +14,7 @@ RENAMED_KEYS = {
     "crop_padding": "random_crop_padding",
     "drop_path": "drop_path_rate",
 }
-# What other tools call them.
+# Names that other tools use.
 ALIASES = {
     "epochs": "num_train_epochs",
     "lr": "learning_rate",
@@ -22,9 +22,9 @@ ALIASES = {
     "label_smoothing": "label_smoothing_factor",
     "patience": "early_stopping_patience",
 }
-# Set by the pipeline itself, with the reason where they are set.
+# Set by the pipeline itself; the reasons are given where they are set.
 FIXED_KEYS = {"output_dir", "remove_unused_columns", "logging_nan_inf_filter"}
-# What a recipe from the Hub may set of the training: nothing that concerns this machine or the Hub.
+# Training keys that a recipe from the Hub may set: none that affects this machine or the Hub.
 HUB_TRAINING_KEYS = {
     "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
     "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs",
@@ -33,7 +33,7 @@ HUB_TRAINING_KEYS = {
     "eval_steps", "save_strategy", "save_steps", "load_best_model_at_end", "metric_for_best_model",
     "greater_is_better", "gradient_checkpointing",
 }  # fmt: skip
-# Settings of speed, place and reporting: a run may be resumed under others.
+# Settings of speed, hardware and reporting: a run may be resumed with other values.
 NON_SEMANTIC_KEYS = {
     "num_proc", "attention", "logging_steps", "save_total_limit", "disable_tqdm", "report_to",
     "torch_compile", "per_device_eval_batch_size", "early_stopping_patience",
@@ -43,7 +43,7 @@ NON_SEMANTIC_KEYS = {
 }  # fmt: skip
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "nll", "loss")
 LOWER_IS_BETTER = ("nll", "loss")
-# By the range that the values must be in: the words for it, the check, the keys.
+# Required ranges of values: the range in words, the check, the keys.
 RANGES = {
     "at least 1": (
         lambda value: value >= 1,
@@ -72,7 +72,7 @@ CHOICES = {"attention": ("auto", "sdpa", "eager"), "resize": ("squash", "crop")}
 
 
 def check_keys(keys: list[str], own_keys: set[str], from_hub: bool = False) -> None:
-    """Raise UserError for a key that is unknown, renamed, or not for a recipe to set."""
+    """Raise UserError for a key that is unknown or renamed, or that a recipe may not set."""
     training_keys = {key.name for key in fields(TrainingArguments)} - FIXED_KEYS
     known = own_keys | training_keys
     for key in keys:
@@ -80,8 +80,8 @@ def check_keys(keys: list[str], own_keys: set[str], from_hub: bool = False) -> N
             raise UserError(f'The recipe key "{key}" is now "{RENAMED_KEYS[key]}".')
         if key.startswith(("hub_", "push_to_hub")):
             raise UserError(
-                f'A recipe can\'t set "{key}": the Trainer would publish weights that nobody '
-                "verified. Use `make push`."
+                f'A recipe can\'t set "{key}": the Trainer would publish unverified weights. '
+                "Use `make push`."
             )
         if key not in known:
             near = [ALIASES[key]] if key in ALIASES else difflib.get_close_matches(key, known, n=1)
@@ -89,13 +89,13 @@ def check_keys(keys: list[str], own_keys: set[str], from_hub: bool = False) -> N
             raise UserError(f'Recipe has no key "{key}"{hint}')
         if from_hub and key not in own_keys | HUB_TRAINING_KEYS:
             raise UserError(
-                f'A recipe from the Hub can\'t set "{key}": give it on the command line if you '
+                f'A recipe from the Hub can\'t set "{key}": set it on the command line if you '
                 "want it."
             )
 
 
 def check_values(recipe) -> None:
-    """Raise UserError for a value out of its range, or for values that contradict each other."""
+    """Raise UserError for a value out of range, or for values that contradict each other."""
     data, model, objective, args = recipe.data, recipe.model, recipe.objective, recipe.training
     groups = (data, model, recipe.augmentation, objective, args)
     values = {key.name: getattr(group, key.name) for group in groups for key in fields(group)}
@@ -112,15 +112,15 @@ def check_values(recipe) -> None:
     for name in args.report_to:
         if find_spec(name) is None:
             raise UserError(
-                f'report_to is "{name}", and the package is not installed: run '
-                f"`.venv/bin/pip install {name}`, or leave report_to out."
+                f'report_to is "{name}", but the package is not installed: run '
+                f"`.venv/bin/pip install {name}`, or remove report_to."
             )
     if objective.early_stopping_patience and not args.load_best_model_at_end:
         raise UserError("early_stopping_patience needs load_best_model_at_end: true.")
     if isinstance(objective.class_weights, str) and objective.class_weights != "balanced":
         raise UserError(
-            f'class_weights is "{objective.class_weights}"; write balanced, or a weight by class '
-            "name, as {cat: 2.0}."
+            f'class_weights is "{objective.class_weights}"; use balanced, or a weight for each '
+            "class name, such as {cat: 2.0}."
         )
     if model.image_size_schedule is not None:
         _check_schedule(model.image_size_schedule, model.image_size)
@@ -138,28 +138,28 @@ def _check_schedule(schedule: dict, image_size: int) -> None:
     is_valid = all(type(size) is int and size > 0 for size in sizes)
     if not is_valid or shares[:1] != [0] or shares != sorted(shares) or shares[-1] >= 1:
         raise UserError(
-            f"image_size_schedule is {schedule}; write sizes in pixels by the share of the steps "
-            "at which each begins, from 0 upwards, as {0: 56, 0.5: 98}."
+            f"image_size_schedule is {schedule}; map the share of steps at which each size begins, "
+            "increasing from 0, to the size in pixels, such as {0: 56, 0.5: 98}."
         )
     if sizes[-1] != image_size:
         raise UserError(
-            f"image_size_schedule ends at {sizes[-1]} pixels, and image_size is {image_size}, at "
-            f"which the model is used: give both the same, or train at {image_size} pixels alone "
-            "with --image_size_schedule=null."
+            f"image_size_schedule ends at {sizes[-1]} pixels, but image_size, the size that the "
+            f"saved model takes, is {image_size}: make them equal, or train only at {image_size} "
+            "pixels with --image_size_schedule=null."
         )
 
 
 def _check_streaming(objective, args: TrainingArguments) -> None:
     if args.max_steps <= 0:
         raise UserError(
-            "A streamed dataset has no end: say how long to train, as ARGS=--max_steps=10000."
+            "A streamed dataset has no end: set the number of steps, as in ARGS=--max_steps=10000."
         )
     if args.ignore_data_skip:
-        raise UserError("A resumed stream reads nothing twice: leave out ignore_data_skip.")
+        raise UserError("A resumed stream reads no image twice: remove ignore_data_skip.")
     if objective.class_weights == "balanced":
         raise UserError(
-            "class_weights: balanced counts all labels first, which a stream can't: give a weight "
-            "by class name."
+            "class_weights: balanced needs to count all labels, which is impossible for a stream: "
+            "set a weight for each class name."
         )
 
 
@@ -168,7 +168,7 @@ def _check_model_config(settings: dict) -> None:
     if kind not in CONFIG_MAPPING_NAMES:
         near = difflib.get_close_matches(str(kind), CONFIG_MAPPING_NAMES, n=1)
         hint = f'; did you mean "{near[0]}"?' if near else "."
-        raise UserError(f'model_config has no known model_type (it is "{kind}"){hint}')
+        raise UserError(f'model_config has an unknown model_type, "{kind}"{hint}')
     known = AutoConfig.for_model(kind).to_dict().keys()
     for key in settings.keys() - known:
         near = difflib.get_close_matches(key, known, n=1)

@@ -1,7 +1,7 @@
 """A run's folders and files, and the provenance of a result: hashes, revisions, versions, hardware.
 
-A run named `cpu` keeps its model in `models/cpu`, its checkpoints in `models/checkpoints/cpu`, and
-everything measured or drawn of that model in `results/cpu`.
+A run named `cpu` has its model in `models/cpu`, its checkpoints in `models/checkpoints/cpu`, and
+all metrics and figures of that model in `results/cpu`.
 """
 
 import hashlib
@@ -33,11 +33,11 @@ MODELS = Path("models")
 RESULTS = Path("results")
 MODEL_FILES = ("model.safetensors", "config.json", "preprocessor_config.json")
 LIBRARIES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "huggingface_hub")
-TIMEOUT = 10  # seconds, for a question to the Hub
+TIMEOUT = 10  # seconds, for a request to the Hub
 
 
 def last_run() -> str:
-    """Return the folder of the model trained last; UserError if there is none."""
+    """Return the folder of the most recently trained model; UserError if there is none."""
     runs = sorted(MODELS.glob("*/training.json"), key=lambda path: path.stat().st_mtime)
     if not runs:
         raise UserError("There is no trained model in models/: train one, or name one with MODEL=.")
@@ -45,21 +45,21 @@ def last_run() -> str:
 
 
 def check_run_name(run: str) -> None:
-    """Raise UserError unless a run's name is one plain folder name."""
+    """Raise UserError unless a run's name is a plain folder name."""
     if not re.fullmatch(r"\w[\w.-]*", run) or run == "checkpoints" or run.endswith(".part"):
         raise UserError(
-            f'"{run}" can\'t name a run: use letters, digits, ".", "-" and "_", as --run=second.'
+            f'"{run}" can\'t name a run: use letters, digits, ".", "-" and "_", as in --run=second.'
         )
 
 
 def results_folder(model: str) -> Path:
-    """Return `results/<run>` of a model, a local folder or `id@revision` on the Hub."""
+    """Return `results/<run>` for a model, which is a local folder or `id@revision` on the Hub."""
     name, _ = split_revision(model)
     return RESULTS / Path(name).expanduser().resolve().name
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """Split `id@revision` in two. A local folder has no revision, even with an @ in its name."""
+    """Split `id@revision` at the @. A local folder has no revision, even with an @ in its name."""
     if Path(name).expanduser().is_dir():
         return name, None
     name, _, revision = name.partition("@")
@@ -72,14 +72,14 @@ def is_local(name: str) -> bool:
     if Path(name).expanduser().is_dir():
         return True
     if name.startswith((".", "/", "~", "models/")) or name.count("/") > 1:
-        raise UserError(f'There is no folder "{name}".')
+        raise UserError(f'There is no folder "{name}": check the path.')
     return False
 
 
 def pin(repo_type: str, name: str, revision: str | None) -> tuple[str, str | None]:
-    """Return a source in the form that a recipe keeps: a Hub id with its commit, or a path.
+    """Return a source as a recipe stores it: a Hub id with its commit, or a path without one.
 
-    A local folder `photos` becomes `./photos`, which no Hub id can be, and has no revision.
+    A local folder `photos` becomes `./photos`, which can't be mistaken for a Hub id.
     """
     if is_local(name):
         return (name if name.startswith((".", "/", "~")) else f"./{name}"), None
@@ -87,7 +87,7 @@ def pin(repo_type: str, name: str, revision: str | None) -> tuple[str, str | Non
 
 
 def model_file(model: str, file: str) -> Path | None:
-    """Return the local path of one file of a model, downloaded if need be; None if it has none."""
+    """Return the local path of a model's file, downloaded if necessary; None if there is none."""
     name, revision = split_revision(model)
     if is_local(name):
         path = Path(name).expanduser() / file
@@ -108,7 +108,7 @@ def sha256(path: Path) -> str | None:
 
 
 def model_hashes(model: str) -> dict[str, str]:
-    """Return the SHA-256 of each file that makes up a model; UserError if one is missing."""
+    """Return the SHA-256 of each required file of a model; UserError if one is missing."""
     paths = {file: model_file(model, file) for file in MODEL_FILES}
     if missing := [file for file, path in paths.items() if path is None]:
         raise UserError(f'The model "{model}" is incomplete: it has no {", ".join(missing)}.')
@@ -116,40 +116,40 @@ def model_hashes(model: str) -> dict[str, str]:
 
 
 def changed_files(hashes: dict[str, str], folder: Path) -> list[str]:
-    """Return the files that are missing or whose SHA-256 is not the given one."""
+    """Return the files that are missing or whose SHA-256 differs from the given one."""
     return [file for file, digest in hashes.items() if sha256(folder / file) != digest]
 
 
 def read_json(path: Path) -> dict | None:
-    """Return what a JSON file holds, None if there is no such file; UserError if it is damaged."""
+    """Return a JSON file's content; None if there is no such file; UserError if it is damaged."""
     if not path.is_file():
         return None
     try:
         return json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): remove it and make it again.") from None
+        raise UserError(f"{path} is damaged ({error}): remove it and create it again.") from None
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write a JSON file, and the folder that it lies in."""
+    """Write a JSON file, and create its folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=1), "utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, dict]:
-    """Return `manifest.json` of a results folder: see `record_files`."""
+    """Return the content of a results folder's `manifest.json`, see `record_files`."""
     return read_json(folder / "manifest.json") or {}
 
 
 def record_files(
     folder: Path, files: dict[str, str | None], weights: str, replace: str | None = None
 ) -> None:
-    """Enter files in `manifest.json` of a results folder.
+    """Add files to a results folder's `manifest.json`.
 
     Args:
         folder: `results/<run>`.
-        files: Paths below `folder`; the value says whose images a file shows: "dataset", "user",
-            or None where it shows none.
+        files: Paths below `folder`. The value is the origin of the images that a file shows:
+            "dataset", "user", or None if it shows none.
         weights: SHA-256 of the weights the files were made from.
         replace: Entries below this subfolder that are not in `files` are removed, with their files.
     """
@@ -163,18 +163,18 @@ def record_files(
 
 
 def link_results(folder: Path, name: str) -> None:
-    """Make `results/<name>` a link to that file or folder of the run in `results/<run>`."""
+    """Make `results/<name>` a symbolic link to that file or folder in `results/<run>`."""
     link = folder.parent / name
     if link.is_symlink():
         link.unlink()
     if link.exists():
-        print(f"{link} is not a link, and stays as it is; the new results are in {folder}.")
+        print(f"{link} is not a link and was not replaced; the new results are in {folder}.")
     else:
         link.symlink_to(Path(folder.name) / name)
 
 
 def hub_commit(repo_type: str, name: str, revision: str | None = None) -> str | None:
-    """Ask the Hub for the commit behind a name, before anything long begins.
+    """Ask the Hub for the commit of a repository, before anything slow starts.
 
     Args:
         repo_type: "model" or "dataset".
@@ -182,10 +182,10 @@ def hub_commit(repo_type: str, name: str, revision: str | None = None) -> str | 
         revision: A branch, tag or commit; the main branch by default.
 
     Returns:
-        The commit hash; None offline, where the cache decides.
+        The commit hash; None offline, where the cached version is used.
 
     Raises:
-        UserError: The Hub can't be reached, or has no such repository or revision.
+        UserError: The Hub can't be reached or has no such repository or revision.
     """
     if constants.HF_HUB_OFFLINE:
         return None
@@ -206,8 +206,8 @@ def hub_commit(repo_type: str, name: str, revision: str | None = None) -> str | 
         ) from None
     except (RepositoryNotFoundError, HFValidationError):
         raise UserError(
-            f'There is no {repo_type} "{name}": no such local folder, and no such repository '
-            "on the Hub (a private one needs `hf auth login`)."
+            f'There is no {repo_type} "{name}", neither a local folder nor a repository on the '
+            "Hub: correct the name, or run `hf auth login` for a private repository."
         ) from None
     except (httpx2.TransportError, HfHubHTTPError, OSError) as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
@@ -218,17 +218,17 @@ def hub_commit(repo_type: str, name: str, revision: str | None = None) -> str | 
         raise UserError(
             f'Cannot reach the Hub at {constants.ENDPOINT} for the {repo_type} "{name}" '
             f"({type(error).__name__}). `make demo` needs no Hub; DATASET= and MODEL= also take "
-            "local folders; HF_ENDPOINT names another Hub; HF_HUB_OFFLINE=1 uses what is cached."
+            "local folders; HF_ENDPOINT sets another Hub; HF_HUB_OFFLINE=1 uses cached files."
         ) from None
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that a number depends on."""
+    """Return the versions of Python and of the libraries that affect results."""
     return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
 
 
 def hardware() -> str:
-    """Return the processor in use, as "2 cores of AMD EPYC" or "NVIDIA H100 80GB HBM3"."""
+    """Return the processor in use, such as "2 cores of AMD EPYC" or "NVIDIA H100 80GB HBM3"."""
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         return (f"{count} x " if count > 1 else "") + torch.cuda.get_device_name()
@@ -241,7 +241,7 @@ def hardware() -> str:
 
 
 def git(*arguments: str) -> str | None:
-    """Return what git prints of the repository of the code; None outside one."""
+    """Return git's output for the repository of this code; None outside a repository."""
     command = ["git", "-C", Path(__file__).parent, *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -250,13 +250,13 @@ def git(*arguments: str) -> str | None:
 
 
 def code_revision() -> str | None:
-    """Return the commit of the code, with "+changes" if files differ from it; None outside git."""
+    """Return the code's commit, with "+changes" if files differ from it; None outside git."""
     commit = git("rev-parse", "HEAD")
     return f"{commit}+changes" if commit and git("status", "--porcelain") else commit
 
 
 def has_fast_bfloat16() -> bool:
-    """Return whether this machine computes in bfloat16 rather than emulate it."""
+    """Return whether this machine has native bfloat16 arithmetic, rather than emulating it."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
@@ -264,22 +264,22 @@ def has_fast_bfloat16() -> bool:
 
 
 def check_folders(run: str) -> None:
-    """Raise UserError if a folder of the run's name holds something else than a run."""
+    """Raise UserError if a folder with the run's name contains something other than a run."""
     for folder in (MODELS / run, MODELS / "checkpoints" / run):
         if folder.is_dir() and any(folder.iterdir()) and not (folder / "recipe.yaml").is_file():
             raise UserError(
-                f"{folder} is not a run of this pipeline (it has no recipe.yaml): name this run "
+                f"{folder} is not a run of this pipeline (it has no recipe.yaml): rename this run "
                 "with ARGS=--run=NAME, or move that folder away."
             )
 
 
 def print_once(text: str) -> None:
-    """Print in the first of several processes only."""
+    """Print only in the first of several processes."""
     if os.environ.get("RANK", "0") == "0":
         print(text)
 
 
 def remove_run(run: str) -> None:
-    """Remove a run's model and checkpoints, to train it again."""
+    """Remove a run's model and checkpoints, so that it can be trained again."""
     for folder in (MODELS / run, MODELS / "checkpoints" / run):
         shutil.rmtree(folder, ignore_errors=True)

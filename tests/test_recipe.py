@@ -69,10 +69,10 @@ def test_a_number_written_without_a_point_is_a_number(tmp_path):
         (["--max_train_samples=0"], "max_train_samples is 0"),
         (["--resize=fit"], 'resize is "fit"; choose squash or crop'),
         (["--metric_for_best_model=acuracy"], 'metric_for_best_model is "acuracy"; choose from'),
-        (["--report_to=wandbb"], 'report_to is "wandbb", and the package is not installed'),
+        (["--report_to=wandbb"], 'report_to is "wandbb", but the package is not installed'),
         (["--push_to_hub"], "`make push`"),
         (["--hub_model_id=x/y"], "`make push`"),
-        (["--class_weights=even"], 'class_weights is "even"; write balanced'),
+        (["--class_weights=even"], 'class_weights is "even"; use balanced'),
         (
             ["--early_stopping_patience=2", "--load_best_model_at_end=false"],
             "needs load_best_model_at_end",

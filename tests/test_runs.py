@@ -48,12 +48,12 @@ def test_links_point_to_the_last_run_and_replace_nothing_else(here, capsys):
     Path("results/evaluation_results.txt").write_text("an older layout")
     runs.link_results(Path("results/b"), "evaluation_results.txt")
     assert Path("results/evaluation_results.txt").read_text() == "an older layout"
-    assert "stays as it is" in capsys.readouterr().out
+    assert "was not replaced" in capsys.readouterr().out
 
 
 def test_damaged_json_is_named(here):
     Path("results.json").write_text('{"accuracy": 0.9')
-    with pytest.raises(UserError, match=r"results\.json is damaged .* make it again"):
+    with pytest.raises(UserError, match=r"results\.json is damaged .* create it again"):
         runs.read_json(Path("results.json"))
     assert runs.read_json(Path("nothing.json")) is None
 

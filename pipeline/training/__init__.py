@@ -1,1 +1,1 @@
-"""A model out: the backbone with its head, the optimizer, the trainer."""
+"""Training: the backbone with its head, the optimizer, the trainer and checkpoints."""

@@ -1,4 +1,4 @@
-"""A checkpoint's backbone: that all of it arrives, and how it is carried to another image size."""
+"""Check that all of a checkpoint's backbone is loaded, and adapt it to another image size."""
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +11,15 @@ PATCH_EMBEDDING = "vision_model.embeddings.patch_embedding.weight"  # SigLIP's
 
 
 def backbone_prefix(model: PreTrainedModel) -> str:
-    """Return what the names of the backbone's weights start with; "" if it is no module."""
-    # CLIP and SigLIP keep their backbone under another name than their base model's.
+    """Return the prefix of the backbone's weight names; "" if it is not a module of its own."""
+    # CLIP and SigLIP store their backbone under a name that is not `base_model_prefix`.
     names = (model.base_model_prefix, "vision_model")
     modules = dict(model.named_children())
     return next((f"{name}." for name in names if name in modules), "")
 
 
 def head_names(model: PreTrainedModel) -> set[str]:
-    """Return the names of the weights outside the backbone, parameters and buffers."""
+    """Return the names of the parameters and buffers outside the backbone."""
     names = list(model.state_dict())
     if prefix := backbone_prefix(model):
         return {name for name in names if not name.startswith(prefix)}
@@ -32,14 +32,14 @@ def check_weights(model: PreTrainedModel, info: dict) -> None:
 
     Args:
         model: As `from_pretrained` made it.
-        info: Its loading info.
+        info: The loading info of `from_pretrained`.
     """
     prefix, backbone = backbone_prefix(model), model.state_dict().keys() - head_names(model)
 
     def module(name: str) -> str:
         return name.removeprefix(prefix).partition(".")[0]
 
-    # Other modules (a pooler, a decoder) are for another task, as is the mask token.
+    # Other modules (a pooler, a decoder) and the mask token belong to another task.
     modules = {module(name) for name in backbone}
     extra = {name for name in info["unexpected_keys"] if module(name) in modules}
     mismatched = {name for name, *_ in info["mismatched_keys"]}
@@ -56,17 +56,17 @@ def check_weights(model: PreTrainedModel, info: dict) -> None:
 
 
 def carry_over(source: PreTrainedModel, model: PreTrainedModel) -> None:
-    """Load the source's weights into the model, in place, but for the linear layers of its head.
+    """Load the source's weights into the model, in place, except the linear layers of its head.
 
     Args:
         source: A classifier with a checkpoint's weights.
-        model: A new one, which may have another image size.
+        model: A new classifier, which may have another image size.
 
     Raises:
-        UserError: A weight depends on the image size, and can't be interpolated.
+        UserError: A weight depends on the image size and can't be interpolated.
     """
     weights, heads = source.state_dict(), head_names(model)
-    if source.config.model_type == "siglip2":  # (D, P*P*3) to a convolution's (D, 3, P, P)
+    if source.config.model_type == "siglip2":  # linear (D, P*P*3) to convolution (D, 3, P, P)
         key, patch = PATCH_EMBEDDING, source.config.vision_config.patch_size
         weights[key] = weights[key].unflatten(1, (patch, patch, 3)).permute(0, 3, 1, 2)
     buffers = dict(model.named_buffers())
@@ -81,7 +81,7 @@ def carry_over(source: PreTrainedModel, model: PreTrainedModel) -> None:
 
 
 def fixed_size_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Convert SigLIP 2 NaFlex to SigLIP, to which it is equivalent on square images."""
+    """Convert a SigLIP 2 NaFlex config to SigLIP, which is equivalent for square images."""
     if config.model_type != "siglip2":
         return config
     vision = config.vision_config.to_dict() | {"model_type": "siglip_vision_model"}
@@ -93,8 +93,8 @@ def fixed_size_config(config: PreTrainedConfig) -> PreTrainedConfig:
 def interpolate_positions(table: Tensor, patches: int) -> Tensor:
     """Interpolate position embeddings (1, T + G*G, D) to another grid, (1, T + patches, D).
 
-    The T tokens before the grid ([CLS], distillation) keep their rows; the grid is resized
-    bicubically, as the models themselves do for another input size.
+    The T tokens before the grid ([CLS], distillation) keep their rows. The grid is resized
+    bicubically, as the models themselves do for other input sizes.
     """
     tokens = _count_tokens(table.shape[1])
     cells = _resize_grid(table[0, tokens:], patches, "bicubic")
@@ -109,12 +109,12 @@ def _interpolate(name: str, value: Tensor, shape: torch.Size) -> Tensor:
     if name.endswith("relative_position_bias_table"):  # BEiT: the last 3 rows are for [CLS]
         return torch.cat([_resize_grid(value[:-3], shape[0] - 3, "bilinear"), value[-3:]])
     raise UserError(
-        f"The weights {name} are for the checkpoint's own image size only: set image_size to that."
+        f"The weights {name} fit only the checkpoint's image size: set image_size to that size."
     )
 
 
 def _count_tokens(rows: int) -> int:
-    return rows - int(rows**0.5) ** 2  # 1 or 2, fewer than a step to the next square
+    return rows - int(rows**0.5) ** 2  # 1 or 2, too few to reach the next square
 
 
 def _resize_grid(cells: Tensor, count: int, mode: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Callbacks of the `Trainer`: readable logs, a stop on signals, a stop when training diverges."""
+"""`Trainer` callbacks: readable logs, and stopping on signals or when training diverges."""
 
 import math
 import signal
@@ -11,11 +11,11 @@ from transformers.trainer_callback import ProgressCallback
 
 from pipeline.errors import UserError
 
-CHECK_EVERY = 10  # steps after which several processes tell one another of a signal
+CHECK_EVERY = 10  # steps between checks whether any of several processes received a signal
 
 
 class ProgressLines(ProgressCallback):
-    """The stock progress bar, with a readable line at each log."""
+    """The default progress bar, with a readable line for each log entry."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or self.training_bar is None:
@@ -30,7 +30,7 @@ class ProgressLines(ProgressCallback):
 
 
 class WallClock(TrainerCallback):
-    """Adds `wall_s` to each log entry: seconds of training so far, before a resume included."""
+    """Add `wall_s` to each log entry: seconds of training so far, including before a resume."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         before = max((entry.get("wall_s", 0) for entry in state.log_history), default=0)
@@ -41,7 +41,7 @@ class WallClock(TrainerCallback):
 
 
 class StopOnDivergence(TrainerCallback):
-    """Ends training when the loss is no longer finite."""
+    """End training when the loss is no longer finite."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         for name in ("loss", "eval_loss"):
@@ -54,10 +54,10 @@ class StopOnDivergence(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Saves a checkpoint and ends training after SIGTERM or SIGINT, as on a preempted machine.
+    """Save a checkpoint and end training after SIGTERM or SIGINT, for example on preemption.
 
-    transformers' `enable_jit_checkpoint` handles SIGTERM only, and then goes on as if training were
-    complete. A second signal ends the process at once.
+    transformers' `enable_jit_checkpoint` handles only SIGTERM, and then continues as if training
+    had finished. A second signal ends the process immediately.
     """
 
     def __init__(self, accelerator: Accelerator):

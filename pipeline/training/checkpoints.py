@@ -1,4 +1,4 @@
-"""Find and restore a run's last complete checkpoint; make sure that it is the same run."""
+"""Find and restore a run's last complete checkpoint, and check that it belongs to the same run."""
 
 import json
 import os
@@ -30,13 +30,13 @@ def last_checkpoint(folder: Path) -> Path | None:
     for checkpoint in reversed(checkpoints):
         if _is_complete(checkpoint):
             return checkpoint
-        print(f"Skipping {checkpoint}: it was not written to its end.")
+        print(f"Skipping {checkpoint}: it is incomplete.")
     return None
 
 
 @contextmanager
 def lock_run(recipe: Recipe) -> Iterator[None]:
-    """Hold the run's name; UserError if another process trains a run of that name."""
+    """Lock the run's name; UserError if another process is training a run with that name."""
     path = recipe.checkpoint_folder.with_name(f".{recipe.run}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, timeout=0)
@@ -45,46 +45,46 @@ def lock_run(recipe: Recipe) -> Iterator[None]:
             yield
     except Timeout:
         raise UserError(
-            f'The run "{recipe.run}" is being trained by another process: wait for it, or name '
+            f'The run "{recipe.run}" is being trained by another process: wait for it, or rename '
             "this run with ARGS=--run=NAME."
         ) from None
 
 
 def check_same_setup(recipe: Recipe, data: str) -> None:
-    """Raise UserError if a run would be resumed on other data or in other processes than before.
+    """Raise UserError if the data or the number of processes has changed since the last session.
 
     Args:
-        recipe: The run's.
-        data: `fingerprint` of its data.
+        recipe: The run's recipe.
+        data: The `fingerprint` of its data.
     """
     saved = read_json(recipe.checkpoint_folder / "setup.json")
     if saved and saved["data"] != data:
         raise UserError(
             f'The images or classes of "{recipe.data.dataset}" are not those that '
-            f"{recipe.checkpoint_folder} was trained on: restore them, name this run with "
+            f"{recipe.checkpoint_folder} was trained on: restore them, rename this run with "
             "ARGS=--run=NAME, or train again with ARGS=--restart."
         )
     if saved and saved["processes"] != recipe.training.world_size:
         raise UserError(
-            f"{recipe.checkpoint_folder} was trained in {saved['processes']} processes, and this "
-            f"is {recipe.training.world_size}: the images would come in another order. Resume with "
-            f"NPROC={saved['processes']}, or train again with ARGS=--restart."
+            f"{recipe.checkpoint_folder} was trained in {saved['processes']} processes, not "
+            f"{recipe.training.world_size}, which would change the order of the images: resume "
+            f"with NPROC={saved['processes']}, or train again with ARGS=--restart."
         )
 
 
 def save_setup(recipe: Recipe, data: str) -> None:
-    """Save what `check_same_setup` compares."""
+    """Save the values that `check_same_setup` compares."""
     setup = {"data": data, "processes": recipe.training.world_size}
     write_json(recipe.checkpoint_folder / "setup.json", setup)
 
 
 def check_same_recipe(recipe: Recipe) -> None:
-    """Raise UserError if the run's folders hold a run of another recipe."""
+    """Raise UserError if the run's folders contain a run of another recipe."""
     for folder in (recipe.model_folder, recipe.checkpoint_folder):
         file = folder / "recipe.yaml"
         if not file.exists():
             continue
-        # Keys that are younger than the file had their default.
+        # Keys added after the file was saved had their default.
         before, now = RECIPE_DEFAULTS | yaml.safe_load(file.read_text("utf-8")), recipe.settings
         keys = (before.keys() | now.keys()) - NON_SEMANTIC_KEYS
         changed = sorted(key for key in keys if before.get(key) != now.get(key))
@@ -93,18 +93,18 @@ def check_same_recipe(recipe: Recipe) -> None:
                 f"{key} is {now.get(key)} now, {before.get(key)} there" for key in changed[:3]
             )
             raise UserError(
-                f"{folder} holds a run of another recipe ({examples}). Name this run with "
+                f"{folder} contains a run of another recipe ({examples}). Rename this run with "
                 "ARGS=--run=NAME, or replace that one with ARGS=--restart."
             )
 
 
 def _is_complete(checkpoint: Path) -> bool:
     try:
-        # Written last, so that what it needs was written before.
+        # trainer_state.json is written last, so the other files were written before.
         json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
         with safe_open(checkpoint / "model.safetensors", "pt"):
             pass
     except (OSError, ValueError, SafetensorError):
         return False
-    # The optimizer's state, as the Trainer, FSDP or DeepSpeed writes it.
+    # The optimizer state as saved by the Trainer, FSDP or DeepSpeed.
     return any((checkpoint / name).exists() for name in ("optimizer.pt", "optimizer.bin", "latest"))

@@ -33,8 +33,8 @@ from pipeline.training.config import (
 )
 from pipeline.training.processor import is_reproduced, plain_processor
 
-# On a CPU, eager attention is faster up to about 100 patches and as fast at 196; beyond, the
-# attention matrices take much memory.
+# On a CPU, eager attention is faster up to about 100 patches and as fast at 196; beyond that, the
+# attention matrices take a lot of memory.
 EAGER_PATCHES = 256
 
 
@@ -42,19 +42,19 @@ def build_model(arguments: ModelArguments, labels: list[str]) -> PreTrainedModel
     """Build the recipe's backbone with a new head, in float32.
 
     Args:
-        arguments: The backbone, and the image size, to which its position embeddings are
-            interpolated.
-        labels: Names of the classes.
+        arguments: The backbone and the image size; its position embeddings are interpolated to
+            that size.
+        labels: Class names.
 
     Returns:
-        A model from float (B, 3, S, S) to logits (B, len(labels)).
+        A model that maps float (B, 3, S, S) to logits (B, len(labels)).
 
     Raises:
-        UserError: The backbone does not exist, can't classify images of this size, or its
-            checkpoint does not hold all of its weights.
+        UserError: The backbone does not exist, it can't classify images of this size, or its
+            checkpoint lacks some of its weights.
     """
     config = load_config(arguments)
-    config.num_labels = len(labels)  # also a field of its own, in PVT
+    config.num_labels = len(labels)  # PVT stores this separately
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
     if arguments.drop_path_rate:
@@ -74,10 +74,10 @@ def build_model(arguments: ModelArguments, labels: list[str]) -> PreTrainedModel
 
 
 def build_processor(arguments: ModelArguments) -> PilBackend:
-    """Build the image processor to train with and to publish.
+    """Build the image processor that is used in training and published.
 
-    It treats colors and resamples as the checkpoint's does, see `plain_processor`. The recipe's
-    `resize` says how it resizes and crops.
+    It converts colors and resamples like the checkpoint's (see `plain_processor`). The recipe's
+    `resize` sets how it resizes and crops.
 
     Raises:
         UserError: The checkpoint or its processor can't be used.
@@ -85,7 +85,7 @@ def build_processor(arguments: ModelArguments) -> PilBackend:
     if arguments.resize not in ("squash", "crop"):
         raise UserError(f'resize is "{arguments.resize}"; choose squash or crop.')
     crop, half = arguments.resize == "crop", [0.5, 0.5, 0.5]
-    load_config(arguments)  # refused before the images are decoded
+    load_config(arguments)  # raises before the images are decoded
     if arguments.model is None:
         source = ViTImageProcessorPil(image_mean=half, image_std=half)
         return plain_processor(source, arguments.image_size, crop, "model_config")
@@ -104,8 +104,8 @@ def load_model(name: str) -> tuple[PreTrainedModel, PilBackend]:
         name: A local folder, or `id@revision` on the Hub.
 
     Raises:
-        UserError: There is no such model, it is not a fine-tuned image classifier, or its image
-            processor takes steps that `preprocess` does not reproduce.
+        UserError: The model does not exist or is not a fine-tuned image classifier, or its image
+            processor has steps that `preprocess` does not reproduce.
     """
     name, revision = split_revision(name)
     check_exists(name, revision)
@@ -123,8 +123,8 @@ def load_model(name: str) -> tuple[PreTrainedModel, PilBackend]:
         )
     if not is_reproduced(processor):
         raise UserError(
-            f'The image processor of "{name}", {type(processor).__name__}, takes steps that this '
-            "pipeline does not reproduce: fine-tune the model here, which gives it a plain one."
+            f'The image processor of "{name}", {type(processor).__name__}, has steps that this '
+            "pipeline does not reproduce: fine-tune the model here, which replaces its processor."
         )
     set_output_options(model.config)
     with explained("use the model", name):
@@ -134,9 +134,9 @@ def load_model(name: str) -> tuple[PreTrainedModel, PilBackend]:
 
 
 def size_options(model: PreTrainedModel, size: int) -> dict[str, bool]:
-    """Return the arguments with which a model takes images of `size` pixels.
+    """Return the arguments that a model needs for images of `size` pixels.
 
-    Some models (ViT) interpolate their position embeddings only when told to; others (DINOv2)
+    Some models (ViT) interpolate their position embeddings only on request; others (DINOv2)
     always do.
     """
     can_interpolate = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
@@ -164,7 +164,7 @@ def _from_checkpoint(arguments: ModelArguments, config: PreTrainedConfig) -> Pre
 
 
 def _set_attention(model: PreTrainedModel, implementation: str) -> None:
-    """`auto`: eager for few patches on a CPU; otherwise the model's own, sdpa where it has that."""
+    """Set attention; `auto` is eager for few patches on a CPU, otherwise the model's default."""
     if implementation == "auto":
         config = config_parts(model.config)[-1]
         patch = getattr(config, "patch_size", None)
@@ -176,7 +176,7 @@ def _set_attention(model: PreTrainedModel, implementation: str) -> None:
 
 
 def _check_output(model: PreTrainedModel, size: int) -> None:
-    """Raise an error now, not in training, if the model gives no logits of such images."""
+    """Raise an error before training if the model gives no logits for images of this size."""
     mode = model.training
     with torch.no_grad():
         output = model.eval()(torch.zeros(1, 3, size, size), **size_options(model, size))
@@ -199,13 +199,13 @@ def _freeze_backbone(model: PreTrainedModel) -> None:
 
 
 def _use_running_statistics(module: nn.Module, inputs: tuple) -> None:
-    # Again at each step, since the Trainer sets the whole model to training.
+    # At each step, since the Trainer sets the whole model to training mode.
     module.eval()
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' report of a missing head, which is expected."""
+    """Hide transformers' report of a missing head, which is expected."""
     level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

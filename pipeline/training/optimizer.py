@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 NO_WEIGHT_DECAY = re.compile(
     r"(_token|_tokens|position_embeddings|position_embedding\.weight|position_bias_table)$"
 )
-BEFORE_LAYERS = re.compile(r"(^|\.)(embeddings|pre_layrnorm)\.")  # the latter is CLIP's
+BEFORE_LAYERS = re.compile(r"(^|\.)(embeddings|pre_layrnorm)\.")  # CLIP has the latter
 
 
 def parameter_groups(
@@ -23,12 +23,12 @@ def parameter_groups(
 
     Args:
         model: An image classifier.
-        learning_rate: Of the head.
-        weight_decay: Not applied to biases, norms, tokens and the position embeddings.
-        layer_decay: Learning rate of a layer over that of the next one; 1 is off.
+        learning_rate: The head's learning rate.
+        weight_decay: Not applied to biases, norms, tokens and position embeddings.
+        layer_decay: A layer's learning rate divided by the next layer's; 1 is off.
 
     Returns:
-        Groups with `params`, `lr` and `weight_decay`, the head's first: the Trainer logs the
+        Groups with `params`, `lr` and `weight_decay`, the head's group first: the Trainer logs the
         learning rate of the first group.
     """
     names = [name for name, _ in model.named_parameters()]
@@ -54,14 +54,14 @@ def layers(model: PreTrainedModel) -> nn.ModuleList:
     shapes = {tuple(p.shape for p in layer.parameters()) for stack in stacks for layer in stack}
     if len(stacks) != 1 or len(shapes) != 1:
         raise UserError(
-            f"layer_decay needs a model that is one list of equal layers; {type(model).__name__} "
-            "is not: leave it out."
+            f"layer_decay needs a model with one list of equal layers; {type(model).__name__} "
+            "is not such a model: remove layer_decay."
         )
     return stacks[0]
 
 
 def _depths(model: PreTrainedModel, names: list[str]) -> dict[str, int]:
-    """Each parameter's depth: 0 for the embeddings, 1 for the first layer, last for the head."""
+    """Return each parameter's depth: 0 for the embeddings, 1 for the first layer, last the head."""
     stack = layers(model)
     prefix = next(name for name, module in model.named_modules() if module is stack) + "."
     depths = {}

@@ -1,4 +1,4 @@
-"""Image processors whose steps `transforms.preprocess` reproduces, also in `pipeline()`."""
+"""Image processors that `transforms.preprocess` reproduces exactly."""
 
 import numpy as np
 import torch
@@ -10,20 +10,20 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from pipeline.data.transforms import preprocess
 from pipeline.errors import UserError
 
-PROBES = ((0, 0, 0), (255, 255, 255), (200, 90, 20))  # colors that tell color steps apart
+PROBES = ((0, 0, 0), (255, 255, 255), (200, 90, 20))  # colors that distinguish color conversions
 
 
 def plain_processor(source: PilBackend, size: int, crop: bool, name: str) -> PilBackend:
-    """Return a processor that treats colors and resamples as `source` does.
+    """Return a processor that converts colors and resamples as `source` does.
 
     Args:
-        source: A checkpoint's image processor. How it resizes, crops and pads is replaced.
-        size: Side of the result, in pixels.
-        crop: Resize the shortest edge and crop the center, or else resize the whole image.
-        name: The checkpoint's, for an error.
+        source: A checkpoint's image processor. Its resizing, cropping and padding are replaced.
+        size: Side of the output, in pixels.
+        crop: Resize the shortest edge and crop the center, instead of resizing the whole image.
+        name: The checkpoint's name, for an error.
 
     Raises:
-        UserError: It does something else to colors.
+        UserError: The color conversion can't be reproduced.
     """
     square = {"height": size, "width": size}
     options = {"size": square, "resample": int(source.resample)}
@@ -40,7 +40,7 @@ def plain_processor(source: PilBackend, size: int, crop: bool, name: str) -> Pil
             image_std=np.broadcast_to(std, 3).tolist(),
             rescale_factor=source.rescale_factor,
         ),
-        # Whatever is linear in each channel (no rescaling, an offset) is one normalization.
+        # Any linear step per channel (no rescaling, an offset) is a normalization.
         ViTImageProcessorPil(
             **options, image_mean=(-black / scale).tolist(), image_std=(1 / scale).tolist()
         ),
@@ -56,21 +56,21 @@ def plain_processor(source: PilBackend, size: int, crop: bool, name: str) -> Pil
 
 
 def is_reproduced(processor: PilBackend) -> bool:
-    """Return whether `preprocess` gives what the processor gives, for a wide and a tall image."""
+    """Return whether `preprocess` equals the processor on a wide and a tall image."""
     noise = np.random.default_rng(0).integers(0, 256, (40, 56, 3), np.uint8)
     for pixels in (noise, noise.transpose(1, 0, 2)):
         try:
             ours = preprocess(torch.tensor(pixels).permute(2, 0, 1)[None], processor)
             theirs = processor(images=Image.fromarray(pixels), return_tensors="pt")["pixel_values"]
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
-            return False  # it has no such size, or gives no pixels
+            return False  # an unsupported size or output format
         if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-5, atol=1e-4):
             return False
     return True
 
 
 def _colors(processor: PilBackend) -> np.ndarray:
-    """What a processor makes of images of one color, in their center: (3, channels)."""
+    """Return a processor's output at the center of single-color images, (3, channels)."""
     colors = []
     for color in PROBES:
         image = Image.new("RGB", (32, 32), color)

@@ -1,4 +1,4 @@
-"""Train a run by its recipe, resume it, and save its best model."""
+"""Train or resume a run as its recipe says, and save its best model."""
 
 import shutil
 from contextlib import nullcontext
@@ -23,20 +23,20 @@ from pipeline.training.trainer import ImageTrainer
 
 
 def train(recipe: Recipe, restart: bool = False) -> dict:
-    """Train a run, or resume it from its last complete checkpoint; a finished run is left alone.
+    """Train a run, or resume it from its last complete checkpoint; skip a finished run.
 
-    Leaves the best model in `models/<run>`, loadable by `transformers.pipeline`, with its recipe
+    Saves the best model to `models/<run>`, loadable by `transformers.pipeline`, with its recipe
     and `training.json`.
 
     Args:
         recipe: What to train, and how.
-        restart: Train again from the start, and replace what is there.
+        restart: Train again from the start and replace the existing run.
 
     Returns:
         The content of `training.json`, and `new`: whether anything was trained.
 
     Raises:
-        UserError: The data, the model or the recipe can't be used; before training starts.
+        UserError: The data, the model or the recipe can't be used. Raised before training starts.
     """
     is_main = recipe.training.process_index == 0
     with lock_run(recipe) if is_main else nullcontext():
@@ -51,7 +51,7 @@ def train(recipe: Recipe, restart: bool = False) -> dict:
 
 
 def _train(recipe: Recipe, restart: bool, is_main: bool) -> dict:
-    revision = runs.code_revision()  # of the code that runs: files may change meanwhile
+    revision = runs.code_revision()  # read now: files may change during training
     trainer = build_trainer(recipe)
     with recipe.training.main_process_first(desc="hashing"):
         data = fingerprint(recipe.data)
@@ -71,11 +71,11 @@ def _train(recipe: Recipe, restart: bool, is_main: bool) -> dict:
     state = trainer.state
     if trainer.stop_on_signal.stopped:
         raise UserError(
-            f"Stopped by a signal at step {state.global_step} of {state.max_steps}, "
-            "with a checkpoint. The same command resumes from it."
+            f"Stopped by a signal at step {state.global_step} of {state.max_steps}. "
+            "A checkpoint was saved: run the same command to resume."
         )
     summary = _summarize(trainer, recipe) | {"code_revision": revision, "data": data}
-    # Asked of all processes, since each may hold a shard; the names without torch.compile's prefix.
+    # Called in all processes, since each may hold a shard. Strip torch.compile's prefix.
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     weights = {name.replace("_orig_mod.", ""): value for name, value in weights.items()}
     if is_main:
@@ -86,11 +86,11 @@ def _train(recipe: Recipe, restart: bool, is_main: bool) -> dict:
 
 
 def build_trainer(recipe: Recipe) -> ImageTrainer:
-    """Decode the recipe's data and build its model, ready to train. UserError as `train`."""
+    """Decode the recipe's data and build its model, ready to train. Raises as `train` does."""
     args, data = recipe.training, recipe.data
     if args.bf16 and not runs.has_fast_bfloat16():
         args.bf16, args.mixed_precision = False, "no"
-        print("This processor emulates bfloat16: training in float32.")
+        print("This machine only emulates bfloat16: training in float32.")
     processor = build_processor(recipe.model)
     if data.streaming:
         rows = load_stream(data, "train")
@@ -106,7 +106,7 @@ def build_trainer(recipe: Recipe) -> ImageTrainer:
             splits = load_splits(data, processor, "train", "validation")
         train_set, validation = splits["train"], splits["validation"]
         labels = train_set.features["label"].names
-    set_seed(args.seed)  # the head's first weights
+    set_seed(args.seed)  # for the head's initial weights
     model = build_model(recipe.model, labels)
     return ImageTrainer(recipe, model, processor, train_set, validation)
 
@@ -114,17 +114,17 @@ def build_trainer(recipe: Recipe) -> ImageTrainer:
 def _summarize(trainer: ImageTrainer, recipe: Recipe) -> dict:
     state, history = trainer.state, trainer.state.log_history
     last = next(entry for entry in reversed(history) if "train_runtime" in entry)
-    step = state.global_step  # whose weights are saved
+    step = state.global_step  # the step whose weights are saved
     if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
         step = int(Path(state.best_model_checkpoint).name.split("-")[1])
     saved = next((e for e in history if "eval_nll" in e and e["step"] == step), {})
-    if recipe.data.streaming:  # how many were seen
+    if recipe.data.streaming:  # the number of images seen
         images = state.global_step * trainer.get_total_train_batch_size(trainer.args)
     else:
         images = len(trainer.train_dataset)
     return {
         "run": recipe.run,
-        "dashboard": trainer.args.trackio_space_id,  # shown in the card if it is public
+        "dashboard": trainer.args.trackio_space_id,  # linked in the card if it is public
         "model_folder": str(recipe.model_folder),
         "best_step": step,
         "validation_accuracy": saved.get("eval_accuracy"),
@@ -144,7 +144,7 @@ def _summarize(trainer: ImageTrainer, recipe: Recipe) -> dict:
 def _save_run(
     model: PreTrainedModel, weights: dict, processor, recipe: Recipe, summary: dict
 ) -> None:
-    """The folder appears complete or not at all."""
+    """Save the model folder atomically: it appears complete or not at all."""
     part = recipe.model_folder.with_name(recipe.run + ".part")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part, state_dict=weights)

@@ -1,4 +1,4 @@
-"""transformers' `Trainer` for images, overridden where the stock one is wrong."""
+"""transformers' `Trainer` for images, overridden where the original is unsuitable."""
 
 import os
 from pathlib import Path
@@ -26,19 +26,19 @@ from pipeline.training.optimizer import parameter_groups
 
 
 class ImageTrainer(Trainer):
-    """The `Trainer` of transformers, for uint8 images.
+    """The `Trainer` of transformers for uint8 images.
 
-    What is overridden, and when that can go:
+    Overridden methods, and when each override can be removed:
 
-    - `_prepare_inputs` preprocesses whole batches on the device: stays.
-    - `compute_loss_func` takes soft labels, and averages over all processes: stays.
-    - `_load_from_checkpoint`, `_load_best_model` restore every weight: the stock ones read a
+    - `_prepare_inputs` preprocesses whole batches on the device: permanent.
+    - `compute_loss_func` takes soft labels and averages over all processes: permanent.
+    - `_load_from_checkpoint`, `_load_best_model` restore every weight. The originals read a
       checkpoint without converting its names and leave most of a ViT untrained (transformers
-      issues 43701 and 48805). They can go when both are fixed; a test fails then.
-    - `create_optimizer` builds groups for layer-wise decay: stays.
-    - `get_train_dataloader`, `_save_rng_state` for streams: they can go when accelerate leaves
-      batches of an IterableDataset alone and saves its state.
-    - `floating_point_ops`: the stock estimate takes pixels for tokens.
+      issues 43701 and 48805). Remove them when both are fixed; a test then fails.
+    - `create_optimizer` builds groups for layer-wise decay: permanent.
+    - `get_train_dataloader`, `_save_rng_state` handle streams. Remove them when accelerate passes
+      batches of an IterableDataset through and saves its state.
+    - `floating_point_ops`: the original estimate counts pixels as tokens.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class ImageTrainer(Trainer):
         super().__init__(
             model=model,
             args=recipe.training,
-            processing_class=processor,  # so that a checkpoint is a complete model
+            processing_class=processor,  # makes each checkpoint a complete model
             data_collator=DecodedImages.collate,
             train_dataset=train_set if is_stream else DecodedImages(train_set),
             eval_dataset=DecodedImages(validation),
@@ -64,13 +64,13 @@ class ImageTrainer(Trainer):
             compute_metrics=self.validation_metrics,
         )
         if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not self.is_fsdp_enabled:
-            # accelerate 1.15 would train whole copies without a warning.
+            # accelerate 1.15 would train unsharded copies without a warning.
             raise UserError(
-                "fsdp2 shards over accelerators, and this host has none: use LAUNCHER=ddp."
+                "fsdp2 shards over accelerators, but this host has none: use LAUNCHER=ddp."
             )
         if self.is_fsdp_enabled:
-            # Not the embeddings: accelerate 1.15 shards the patch embedding in them afterwards, and
-            # fails if the module around it is sharded already.
+            # Without the embeddings: accelerate 1.15 shards their patch embedding afterwards, and
+            # fails if the enclosing module is already sharded.
             layers = [name for name in model._no_split_modules if not name.endswith("Embeddings")]
             plugin = self.accelerator.state.fsdp_plugin
             plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or layers
@@ -88,14 +88,14 @@ class ImageTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         if not self.recipe.data.streaming:
             return super().get_train_dataloader()
-        # Not prepared by accelerate: each process has batches of its own already.
+        # Not prepared by accelerate: each process already has its own batches.
         pin = self.args.dataloader_pin_memory and self.args.device.type == "cuda"
         return DataLoader(self.train_dataset, batch_size=None, pin_memory=pin)
 
     def _prepare_inputs(self, inputs: dict) -> dict:
-        """Bring uint8 (B, 3, H, W) and labels (B,) to the device, and preprocess them there.
+        """Move uint8 (B, 3, H, W) and labels (B,) to the device, and preprocess them there.
 
-        In training they are augmented, and the labels are soft, (B, C), where images are mixed.
+        In training, images are augmented; if they are mixed, the labels are soft, (B, C).
         """
         images, labels = (
             inputs[name].to(self.args.device, non_blocking=True)
@@ -105,23 +105,23 @@ class ImageTrainer(Trainer):
             return {"pixel_values": preprocess(images, self.processing_class), "labels": labels}
         size = self.training_size()
         options = self.recipe.augmentation
-        # Drawn from the CPU's state, which checkpoints hold, and different in each process.
+        # Drawn from the CPU's RNG state, which checkpoints save, and different in each process.
         seed = int(torch.randint(2**62, ()).item()) + self.args.process_index
         generator = self.generator.manual_seed(seed)
         images = augment(images, options.horizontal_flip, options.random_crop_padding, generator)
         images = preprocess(images, self.processing_class, size)
         if options.mixup or options.cutmix:
             classes = self.model.config.num_labels
-            draws = torch.Generator().manual_seed(seed ^ 2**62)  # on the CPU: the device goes on
+            draws = torch.Generator().manual_seed(seed ^ 2**62)  # on the CPU: no device sync
             images, labels = mix(images, labels, classes, options.mixup, options.cutmix, draws)
         return {"pixel_values": images, "labels": labels} | size_options(self.model, size)
 
     def progress(self) -> float:
-        """Return the share of the steps that are done."""
+        """Return the share of steps done, from 0 to 1."""
         return self.state.global_step / self.state.max_steps
 
     def training_size(self) -> int:
-        """Return the image size, in pixels, of the step that comes next."""
+        """Return the image size, in pixels, of the next step."""
         options, done = self.recipe.model, self.progress()
         schedule = options.image_size_schedule or {"0": options.image_size}
         return next(size for share, size in reversed(schedule.items()) if float(share) <= done)
@@ -129,8 +129,8 @@ class ImageTrainer(Trainer):
     def loss(self, outputs, labels, num_items_in_batch=None) -> torch.Tensor:
         """Return the cross-entropy over the images of all processes and accumulated batches.
 
-        Labels are class numbers (B,) or soft (B, C). Smoothing and class weights apply in training
-        only, so that a validation loss is comparable across recipes.
+        Labels are class numbers (B,) or soft (B, C). Smoothing and class weights apply only in
+        training, so that validation losses are comparable across recipes.
         """
         logits, options = outputs["logits"].float(), {}
         if self.model.training:
@@ -141,7 +141,7 @@ class ImageTrainer(Trainer):
         return total / (num_items_in_batch if num_items_in_batch is not None else len(labels))
 
     def _class_weights(self, train_set: Dataset | ImageStream) -> torch.Tensor | None:
-        """The weight of each class in the loss, (C,), with a mean of 1 over the training images."""
+        """Return each class's weight in the loss, (C,); balanced ones average 1 over the images."""
         weights, names = self.recipe.objective.class_weights, self.model.config.label2id
         if weights is None:
             return None
@@ -152,12 +152,12 @@ class ImageTrainer(Trainer):
             ).float()
         if unknown := sorted(weights.keys() - names.keys()):
             raise UserError(
-                f'class_weights has no class "{unknown[0]}"; there are {", ".join(names)}.'
+                f'class_weights names an unknown class "{unknown[0]}"; use {", ".join(names)}.'
             )
         return torch.tensor([float(weights.get(name, 1.0)) for name in names])
 
     def validation_metrics(self, output) -> dict[str, float]:
-        """Return the scalar metrics of an EvalPrediction of logits (N, C) and labels (N,)."""
+        """Return the scalar metrics for an EvalPrediction of logits (N, C) and labels (N,)."""
         scores = self.metric.compute(predictions=output.predictions, references=output.label_ids)
         return {name: scores[name] for name in METRICS if name in scores}
 
@@ -174,7 +174,7 @@ class ImageTrainer(Trainer):
         return self.optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # they restore by themselves
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # they restore the weights themselves
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         restore(self.model, resume_from_checkpoint)
 
@@ -187,8 +187,8 @@ class ImageTrainer(Trainer):
         super()._save_rng_state(output_dir)
         if self.recipe.data.streaming:
             self.train_dataset.save(Path(output_dir))
-        # trainer_state.json comes next, and says that the checkpoint is complete: so each process's
-        # part must be there.
+        # trainer_state.json is written next and marks the checkpoint as complete, so wait until
+        # every process has saved its part.
         self.accelerator.wait_for_everyone()
 
     def floating_point_ops(self, inputs):

@@ -288,7 +288,7 @@ def test_drop_path_is_the_models_own(backbones):
 
 def test_layer_decay_needs_one_list_of_layers():
     config = ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1])
-    with pytest.raises(UserError, match="ConvNextForImageClassification is not"):
+    with pytest.raises(UserError, match="ConvNextForImageClassification is not such a model"):
         parameter_groups(ConvNextForImageClassification(config), 1.0, 0.1, 0.5)
 
 

@@ -120,7 +120,7 @@ def test_a_models_processor_is_honored(backbones, tmp_path, change):
     ids=str,
 )  # fmt: skip
 def test_a_models_processor_that_is_not_reproduced_is_one_sentence(backbones, tmp_path, change):
-    with pytest.raises(UserError, match="takes steps that this pipeline does not reproduce"):
+    with pytest.raises(UserError, match="has steps that this pipeline does not reproduce"):
         processor_with(backbones["vit"], tmp_path, change)
 
 
