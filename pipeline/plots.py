@@ -1,4 +1,4 @@
-"""Every figure, drawn from plain values and saved as PNG."""
+"""Draw all figures from plain values and save them as PNG."""
 
 from pathlib import Path
 
@@ -12,16 +12,16 @@ from matplotlib.colors import Colormap
 from matplotlib.font_manager import fontManager
 from PIL.Image import Image
 
-# Distinct for color-blind readers (Okabe and Ito).
+# Colors that color-blind readers can distinguish (Okabe and Ito).
 BLUE, ORANGE = "#0072b2", "#d55e00"
-MAX_CLASSES = 50  # that a confusion matrix stays readable with
+MAX_CLASSES = 50  # for a readable confusion matrix
 MAX_PAIRS = 30
-# Fonts with the characters that matplotlib's own lacks, where one is installed.
+# Fonts with characters that matplotlib's default font lacks, used if installed.
 FALLBACK_FONTS = ("Noto Sans CJK SC", "WenQuanYi Zen Hei", "Hiragino Sans GB", "Microsoft YaHei")
 OKABE_ITO = (BLUE, ORANGE, "#009e73", "#cc79a7", "#e69f00")
 plt.rcParams |= {
     "font.family": ["DejaVu Sans", *({f.name for f in fontManager.ttflist} & {*FALLBACK_FONTS})],
-    "text.parse_math": False,  # a $ in a class name is a $
+    "text.parse_math": False,  # show a $ in a class name as is
     "figure.dpi": 150,
     "figure.constrained_layout.use": True,
     "axes.spines.top": False,
@@ -32,7 +32,7 @@ plt.rcParams |= {
 
 
 def evaluation_figures(results: dict, log: list[dict], folder: Path) -> list[str]:
-    """Draw what the results of an evaluation and the log of a training hold; return the files."""
+    """Draw the figures for evaluation results and a training log; return the file names."""
     confusion_matrix(
         results["confusion_matrix"], results["labels"], folder / "confusion_matrix.png"
     )
@@ -48,7 +48,7 @@ def evaluation_figures(results: dict, log: list[dict], folder: Path) -> list[str
 
 
 def training_curves(log: list[dict], path: Path) -> bool:
-    """Draw loss and validation accuracy over epochs; False if a `Trainer`'s log has neither."""
+    """Draw loss and validation accuracy over epochs; return False if the log has neither."""
     train = [(e["epoch"], e["loss"]) for e in log if "loss" in e]
     validation = [(e["epoch"], e["eval_nll"], e["eval_accuracy"]) for e in log if "eval_nll" in e]
     if not train and not validation:
@@ -75,14 +75,14 @@ def training_curves(log: list[dict], path: Path) -> bool:
 
 
 def confusion_matrix(matrix: list[list[int]], labels: list[str], path: Path) -> None:
-    """Draw counts (C, C), rows true and columns predicted; shaded by the share of the row.
+    """Draw counts (C, C), with true classes in rows, shaded by the share of the row.
 
-    Above MAX_CLASSES classes the most confused pairs are drawn instead.
+    With more than MAX_CLASSES classes, draw the most confused pairs instead.
     """
     counts = np.asarray(matrix)
     if len(labels) > MAX_CLASSES:
         return _confused_pairs(counts, labels, path)
-    # A cube root makes the few errors visible beside the many correct answers.
+    # The cube root makes the few errors visible next to the many correct predictions.
     shares = np.cbrt(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1))
     texts = [[str(n) if n and len(labels) <= 30 else "" for n in row] for row in counts]
     figure, axes = _matrix(shares, texts, labels, labels)
@@ -91,7 +91,7 @@ def confusion_matrix(matrix: list[list[int]], labels: list[str], path: Path) -> 
 
 
 def corruption_heatmap(accuracy: dict[str, list[float]], path: Path) -> None:
-    """Draw the accuracy by corruption and severity."""
+    """Draw accuracy by corruption and severity."""
     rows = list(accuracy.values())
     texts = [[f"{100 * value:.1f}" for value in row] for row in rows]
     names = [name.replace("_", " ") for name in accuracy]
@@ -101,14 +101,14 @@ def corruption_heatmap(accuracy: dict[str, list[float]], path: Path) -> None:
 
 
 def reliability_diagram(bins: dict[str, list[list[float]]], path: Path) -> None:
-    """Draw accuracy over confidence; by name, the size, confidence and accuracy of bins (3, B)."""
+    """Draw accuracy over confidence from named bins (3, B): size, confidence and accuracy."""
     figure, axes = plt.subplots(figsize=(4.2, 4))
     axes.plot([0, 1], [0, 1], "--", color="black", linewidth=1, label="calibrated")
     for (name, values), color in zip(bins.items(), OKABE_ITO, strict=False):
         counts, confidence, accuracy = np.asarray(values)[:, np.asarray(values)[0] > 0]
         axes.plot(confidence, accuracy, color=color, label=name)
         axes.scatter(confidence, accuracy, 3 + 100 * counts / counts.sum(), color=color)
-    axes.set(xlabel="confidence", ylabel="accuracy", title="Reliability, points by their images")
+    axes.set(xlabel="confidence", ylabel="accuracy", title="Reliability (point area: images)")
     axes.legend(frameon=False)
     axes.grid()
     _save(figure, path)
@@ -118,7 +118,7 @@ def image_sheet(
     images: list[tuple[str, Image]], columns: int, path: Path, colors: Colormap | None = None,
     title: str = "",
 ) -> None:  # fmt: skip
-    """Draw captioned images in rows, with a color bar of attention if there are `colors`."""
+    """Draw captioned images in rows, with an attention color bar if `colors` is given."""
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     figure, grid = plt.subplots(
@@ -128,7 +128,7 @@ def image_sheet(
         axes.axis("off")
     for axes, (caption, image) in zip(grid.flat, images, strict=False):
         axes.imshow(image)
-        axes.set_title(caption, fontsize="small", y=1)  # y: no search for room
+        axes.set_title(caption, fontsize="small", y=1)  # y: skip automatic placement
     figure.suptitle(title.replace("\n", ", "), fontsize="medium")
     if colors:
         shrink = min(0.8, 3 / figure.get_figheight())  # at most 3 inches high
@@ -139,7 +139,7 @@ def image_sheet(
 
 
 def faithfulness_curves(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Draw the mean deletion and insertion curves of each method, random order dashed."""
+    """Draw the mean deletion and insertion curves of each method; random order is dashed."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
     better = {"deletion": "lower is better", "insertion": "higher is better"}
     for axis, (kind, hint) in zip(axes, better.items(), strict=True):
@@ -179,7 +179,7 @@ def _confused_pairs(counts: np.ndarray, labels: list[str], path: Path) -> None:
     errors = counts * (1 - np.eye(len(counts), dtype=counts.dtype))
     order = np.argsort(errors, axis=None)[::-1][:MAX_PAIRS]
     pairs = [pair for pair in zip(*np.unravel_index(order, errors.shape), strict=True)][::-1]
-    names = [f"{labels[true]} taken for {labels[predicted]}" for true, predicted in pairs]
+    names = [f"{labels[true]} predicted as {labels[predicted]}" for true, predicted in pairs]
     figure, axes = plt.subplots(figsize=(8, 0.25 * MAX_PAIRS + 1))
     axes.barh(range(len(pairs)), [errors[pair] for pair in pairs], color=BLUE)
     axes.set_yticks(range(len(pairs)), names, fontsize="small")

@@ -1,1 +1,1 @@
-"""What a model can do: metrics, evaluation, out-of-distribution detection."""
+"""Evaluation: metrics, calibration, out-of-distribution detection, robustness, data audits."""

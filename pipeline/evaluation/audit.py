@@ -1,7 +1,7 @@
 """Audit a dataset: duplicates within and across splits, likely label errors, unusual images.
 
-Label errors are found by confident learning (Northcutt et al. 2021, arXiv:1911.00068), on the
-probabilities that a logistic regression gives, fitted to the features of other images.
+Label errors are found by confident learning (Northcutt et al. 2021, arXiv:1911.00068) from
+cross-validated probabilities of a logistic regression on image features.
 """
 
 import io
@@ -33,8 +33,8 @@ from pipeline.evaluation.outputs import predict
 from pipeline.recipe import DataArguments, ModelArguments, load_settings
 from pipeline.training.model import build_model, build_processor
 
-DARK, FLAT = 8, 2  # gray levels: the mean of a nearly black image, the deviation in a constant one
-REGULARIZATION = 0.01  # scikit-learn's C of the logistic regression
+DARK, FLAT = 8, 2  # gray levels: mean of a nearly black image, standard deviation of a constant one
+REGULARIZATION = 0.01  # C of scikit-learn's logistic regression
 SHOWN = 30  # entries on a contact sheet
 INSPECTED = Features(
     {"thumbnail": datasets.Array3D((3, SIDE, SIDE), "uint8")}
@@ -49,9 +49,9 @@ def audit(
 
     Args:
         data: The dataset. Images that can't be read are reported.
-        model: A backbone or a fine-tuned model, a folder or `id@revision`: without it, label errors
-            are not searched for.
-        image_size: Side of its input, in pixels (default: the one it was trained with).
+        model: A backbone or fine-tuned model, as a folder or `id@revision`. Without it, label
+            errors are not searched for.
+        image_size: Side of the model's input, in pixels (default: as in training).
 
     Returns:
         Plain values for JSON, and contact sheets by name: images with their captions.
@@ -92,7 +92,7 @@ def audit(
         return [
             (f"{name}\n{label}" + (f", not {e['suggested']}?" if "suggested" in e else ""),
              open_image(whole[row]["image"], name))
-            for e in entries[:: len(entries) // SHOWN + 1]  # from the clearest to the least clear
+            for e in entries[:: len(entries) // SHOWN + 1]  # from most to least certain
             for row, name, label in zip(e["rows"], e["images"], e["labels"], strict=True)
         ]  # fmt: skip
 
@@ -109,16 +109,16 @@ def label_errors(features: Tensor, codes: np.ndarray) -> list[tuple[int, int, fl
 
     Args:
         features: float (N, D).
-        codes: Class numbers (N,); negative ones are no label.
+        codes: Class numbers (N,); negative numbers mean no label.
 
     Returns:
-        The row of each, the class that is more likely, and the probability of its label.
+        Each error's row, its most likely class, and the probability of its given label.
     """
     try:
         from cleanlab.filter import find_label_issues  # optional
     except ImportError:
         raise UserError(
-            "Label errors are found by cleanlab: .venv/bin/pip install -r requirements-audit.txt."
+            "Finding label errors needs cleanlab: .venv/bin/pip install -r requirements-audit.txt."
         ) from None
     rows = np.flatnonzero(codes >= 0)
     classes, labels = np.unique(codes[rows], return_inverse=True)
@@ -131,7 +131,7 @@ def label_errors(features: Tensor, codes: np.ndarray) -> list[tuple[int, int, fl
 
 
 def duplicate_rows(source: Source, split: str) -> list[int] | None:
-    """Return the rows that near-duplicate a split before, by an audit of these images, or None."""
+    """Return the rows that duplicate an earlier split's images, by their audit; None without it."""
     report = runs.read_json(audit_folder(source.data.dataset) / "audit.json")
     if report and not source.data.streaming and report["fingerprint"] == fingerprint(source):
         return report["splits"][split]["in_earlier_splits"]
@@ -139,12 +139,12 @@ def duplicate_rows(source: Source, split: str) -> list[int] | None:
 
 
 def audit_folder(dataset: str) -> Path:
-    """Return `results/audit/<name>` of a dataset, a folder or a Hub id."""
+    """Return `results/audit/<name>` for a dataset, which is a folder or a Hub id."""
     return runs.RESULTS / "audit" / Path(dataset).resolve().name
 
 
 def as_text(report: dict) -> str:
-    """Return the audit as a report to read."""
+    """Return the audit as a readable report."""
     lines, near = [f"Audit of {report['dataset']}"], report["near_duplicates"]
     for name, split in report["splits"].items():
         lines.append(f"\n{name}: {split['images']:,} images")
@@ -154,17 +154,17 @@ def as_text(report: dict) -> str:
         for key, images in split["unusual"].items():
             lines.append(f"  {key}: {len(images)}" + (f" ({shorten(images)})" if images else ""))
         count = len(split["in_earlier_splits"])
-        lines.append(f"  in earlier splits too: {count:,} ({count / split['images']:.2%})")
+        lines.append(f"  also in earlier splits: {count:,} ({count / split['images']:.2%})")
     lines.append(f"\nexact duplicates: {len(report['exact_duplicates']):,} pairs")
     lines.append(f"near-duplicates: {len(near):,} pairs")
     lines += [f"  in {key}: {n:,}" for key, n in report["near_duplicates_by_split"].items()]
-    lines.append(f"  of different labels: {sum(len({*pair['labels']}) > 1 for pair in near):,}")
-    errors = f"{len(report['label_errors']):,}" if report["model"] else "name a MODEL to find them"
+    lines.append(f"  with different labels: {sum(len({*pair['labels']}) > 1 for pair in near):,}")
+    errors = f"{len(report['label_errors']):,}" if report["model"] else "set MODEL= to find them"
     return "\n".join([*lines, f"likely label errors: {errors}", ""])
 
 
 def _inspect(whole: Dataset, source: Source) -> tuple[pd.DataFrame, Tensor]:
-    """What is known of each image, by columns, and its thumbnail, uint8 (N, 3, SIDE, SIDE)."""
+    """Return a table with the properties of each image, and uint8 thumbnails (N, 3, SIDE, SIDE)."""
     inspected = whole.map(
         _inspect_batch, batched=True, batch_size=100, remove_columns=whole.column_names,
         features=INSPECTED, num_proc=os.cpu_count() if len(whole) > 10_000 else None,
@@ -216,7 +216,7 @@ def _describe(table: pd.DataFrame) -> dict[str, dict]:
 
 
 def _embed(images: Dataset, model: str, size: int | None, names: list[str]) -> Tensor:
-    """The features of a model's last layer, float32 (N, D)."""
+    """Return the features of a model's last layer, float32 (N, D)."""
     name, revision = runs.split_revision(model)
     size = size or (load_settings(model) or {}).get("image_size", ModelArguments.image_size)
     arguments = ModelArguments(model=name, model_revision=revision, image_size=size)

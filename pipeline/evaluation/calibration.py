@@ -1,7 +1,7 @@
-"""Temperature scaling: one number, fitted on validation, that makes confidences match accuracy.
+"""Temperature scaling: one number, fit on validation, makes confidences match accuracy.
 
-Guo et al. 2017, arXiv:1706.04599. The logits are divided by it, so the top class stays. Folded into
-the last linear layer, it needs no code where the model is used.
+Guo et al. 2017, arXiv:1706.04599. Dividing the logits by it does not change the top class. Since it
+is folded into the last linear layer, users of the model need no extra code.
 """
 
 import os
@@ -22,7 +22,7 @@ from pipeline.training.model import load_model
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Return the temperature of the lowest cross-entropy, of logits (N, C) and labels (N,)."""
+    """Return the temperature that minimizes cross-entropy for logits (N, C) and labels (N,)."""
     logits = logits.double()
 
     def loss(log_temperature: float) -> float:
@@ -32,26 +32,26 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def fold_temperature(model: PreTrainedModel, temperature: float) -> None:
-    """Divide a model's logits by the temperature, in place: weight and bias of the last layers."""
+    """Divide a model's logits by the temperature, by scaling its last linear layers in place."""
     heads = head_names(model)
     layers = [
         layer
-        for name, layer in model.named_modules()  # two, which are averaged, in SwiftFormer
+        for name, layer in model.named_modules()  # SwiftFormer averages two
         if isinstance(layer, nn.Linear)
         and f"{name}.weight" in heads
         and layer.out_features == model.config.num_labels
     ]
     if not layers:
-        raise UserError(f"{type(model).__name__} has no last linear layer: leave out calibrate.")
+        raise UserError(f"{type(model).__name__} has no last linear layer: remove calibrate.")
     with torch.no_grad():
         for parameter in (p for layer in layers for p in layer.parameters()):
             parameter.div_(temperature)
 
 
 def calibrate_run(recipe: Recipe) -> float:
-    """Fold a run's temperature into its model, unless that is done; return it.
+    """Fold a run's temperature into its model, unless already done; return the temperature.
 
-    `config.json` keeps it as `calibration_temperature`.
+    `config.json` stores it as `calibration_temperature`.
     """
     folder = recipe.model_folder
     model, processor = load_model(str(folder))
@@ -64,7 +64,7 @@ def calibrate_run(recipe: Recipe) -> float:
         model.config.calibration_temperature = temperature
         part = folder.with_name(f"{recipe.run}.part")
         model.save_pretrained(part)
-        # The weights first: if this ends between the two, the next fit gives about 1.
+        # The weights first: if this is interrupted between the two, the next fit gives about 1.
         for name in ("model.safetensors", "config.json"):
             os.replace(part / name, folder / name)
         shutil.rmtree(part)

@@ -1,8 +1,8 @@
 """Compare two runs on the same test images, and average several seeds of one recipe.
 
-- McNemar's exact test (McNemar 1947): of the images that one of two models gets right, is the share
-  of each one half?
-- Paired bootstrap (Efron & Tibshirani 1993): images are drawn anew, with both answers to them.
+- McNemar's exact test (McNemar 1947): among images that only one of two models classifies
+  correctly, does each model get half of them right?
+- Paired bootstrap (Efron & Tibshirani 1993): images are resampled with both models' predictions.
 """
 
 from dataclasses import replace
@@ -25,18 +25,18 @@ def compare(first: dict, second: dict, labels: np.ndarray) -> dict:
 
     Args:
         first: Results of `evaluate`.
-        second: Others, of the same images; UserError if they are not.
+        second: Results for the same images; UserError if they are for others.
         labels: The true class numbers (N,).
 
     Returns:
-        `difference` of the accuracies, second less first, with its 95 % interval; `p_value` of
-        McNemar's test, and whether they are `different` by it, at 5 %; how many images only one
-        gets right, also by class, and the `rows` of those.
+        The `difference` in accuracy, second minus first, with its 95 % interval; the `p_value` of
+        McNemar's test, and whether the models are `different` at 5 %; how many images only one
+        model gets right, in total and by class, and the `rows` of those images.
     """
     if first["labels"] != second["labels"] or first["support"] != second["support"] or any(
         first["dataset"][key] != second["dataset"][key] for key in ("name", "revision", "split")
     ):  # fmt: skip
-        raise UserError("These runs were not evaluated on the same images: evaluate both on those.")
+        raise UserError("The runs were not evaluated on the same images: evaluate both again.")
     correct = [np.asarray(results["predictions"]) == labels for results in (first, second)]
     change = correct[1].astype(int) - correct[0]  # (N,): 1 where only the second is right
     count, lost, won = len(change), int((change < 0).sum()), int((change > 0).sum())
@@ -71,14 +71,14 @@ def load_evaluated(results: dict) -> tuple[Dataset, np.ndarray]:
     names = split.features["label"].names
     labels = np.array([results["labels"].index(name) for name in names])[class_numbers(split)]
     if np.bincount(labels, minlength=len(results["labels"])).tolist() != results["support"]:
-        raise UserError(f'The {info["split"]} images of "{info["name"]}" are no longer the same.')
+        raise UserError(f'The {info["split"]} images of "{info["name"]}" changed: evaluate again.')
     return split.cast_column("image", Image(decode=False)), labels
 
 
 def average(runs: list[dict]) -> dict:
-    """Average the results of several seeds: mean, its 95 % interval by Student's t, values."""
+    """Average the results of several seeds: mean, 95 % Student's t interval, and values."""
     if len(runs) < 2:
-        raise UserError("An interval needs two seeds at least: N=3.")
+        raise UserError("An interval needs at least two seeds: set N=3, for example.")
     table = {}
     for key in AVERAGED:
         values = [results[key] for results in runs]

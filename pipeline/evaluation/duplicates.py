@@ -1,9 +1,9 @@
-"""Find near-duplicates among images, by thumbnails.
+"""Find near-duplicate images by their thumbnails.
 
-Candidates (Barz & Denzler 2020, arXiv:1902.00423) are nearest neighbors by
-low-resolution colors, and by features where a model gives them. A pair counts if the images
-correlate once they are aligned, both as they are and band-passed: a smooth background correlates
-with any other, contours don't.
+Candidates are nearest neighbors by low-resolution colors, and by a model's features if there is
+one (Barz & Denzler 2020, arXiv:1902.00423). A pair counts as near-duplicate if the aligned images
+correlate both as they are and after band-pass filtering, since smooth backgrounds correlate with
+one another but contours don't.
 """
 
 import numpy as np
@@ -13,11 +13,11 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-SIDE = 32  # pixels, of a thumbnail
-COARSE = 8  # pixels, of the colors that candidates are found by
+SIDE = 32  # pixels, side of a thumbnail
+COARSE = 8  # pixels, side of the color images used to find candidates
 NEIGHBORS = 5  # candidates for each image
-REACH = 4  # pixels of a thumbnail that a duplicate may be shifted by
-CORRELATION = 0.9  # of near-duplicates, at least
+REACH = 4  # maximum shift of a duplicate, in thumbnail pixels
+CORRELATION = 0.9  # minimum for near-duplicates
 BLOCK = 2048  # images or pairs at once
 
 
@@ -28,10 +28,10 @@ def near_duplicates(
 
     Args:
         thumbnails: uint8 (N, 3, SIDE, SIDE).
-        features: float (N, D), compared by cosine.
+        features: float (N, D), compared by cosine similarity.
 
     Returns:
-        Pairs of rows int64 (P, 2), and their correlations (P,), the highest first.
+        Pairs of rows, int64 (P, 2), and their correlations (P,), highest first.
     """
     colors, images = [], []
     for part in thumbnails.split(BLOCK):
@@ -48,16 +48,16 @@ def near_duplicates(
 
 
 def group(pairs: np.ndarray, count: int) -> np.ndarray:
-    """Number the groups of images that pairs (P, 2) connect: int (count,)."""
+    """Return the group number of each image, int (count,), where pairs (P, 2) connect images."""
     graph = coo_array((np.ones(len(pairs)), tuple(pairs.T)), shape=(count, count))
     return connected_components(graph, directed=False)[1]
 
 
 def _neighbors(vectors: Tensor) -> Tensor:
-    """Pairs of each row of vectors (N, D) with its NEIGHBORS by cosine, (N * NEIGHBORS, 2)."""
+    """Pair each row of vectors (N, D) with its nearest ones by cosine: (N * NEIGHBORS, 2)."""
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     vectors = F.normalize(vectors, dim=1).to(device)
-    count = min(NEIGHBORS + 1, len(vectors))  # the image itself among them
+    count = min(NEIGHBORS + 1, len(vectors))  # including the image itself
     found = [(part @ vectors.T).topk(count).indices.cpu() for part in vectors.split(BLOCK)]
     first = torch.arange(len(vectors)).repeat_interleave(count)
     pairs = torch.stack([first, torch.cat(found).flatten()], dim=1)
@@ -65,7 +65,7 @@ def _neighbors(vectors: Tensor) -> Tensor:
 
 
 def _correlate(images: Tensor, pairs: Tensor) -> Tensor:
-    """The lower correlation of the two channels (N, 2, S, S) of pairs (P, 2), aligned: (P,)."""
+    """Align pairs (P, 2) of images (N, 2, S, S); return the lower correlation of both channels."""
     first, second = pairs.T
     spectrum = torch.fft.rfft2(images[first, 1]).conj() * torch.fft.rfft2(images[second, 1])
     match = torch.fft.irfft2(spectrum).roll((REACH + 2, REACH + 2), dims=(1, 2))  # by shift
@@ -73,7 +73,7 @@ def _correlate(images: Tensor, pairs: Tensor) -> Tensor:
     best = match[:, window, window].flatten(1).argmax(dim=1)  # (P,)
     peak = torch.arange(len(pairs)), best // side + 2, best % side + 2
     sampled = []
-    for axis in (1, 2):  # to a fraction of a pixel, by Newton's step from the peak
+    for axis in (1, 2):  # subpixel precision, by a Newton step from the peak
         slope = torch.gradient(match, dim=axis)[0]
         curve = torch.gradient(slope, dim=axis)[0][peak].clamp(max=-1e-6)
         shift = peak[axis] - REACH - 2 - (slope[peak] / curve).clamp(-0.5, 0.5)

@@ -1,7 +1,7 @@
 """Evaluate a model on a split, and save its metrics with their provenance.
 
-The results carry the hashes of the weights and of the image processor, so that whatever is made
-of them later (card, push, Space) can refuse another model's.
+The results contain the hashes of the weights and of the image processor, so that later steps
+(card, push, Space) can reject results of another model.
 """
 
 import time
@@ -39,32 +39,32 @@ def evaluate(
         name: A local folder, or `id@revision` on the Hub.
         data: The dataset.
         split: "test" or "validation".
-        batch_size: Images at once in each process.
-        bf16: Evaluate in bfloat16 where that is fast: for a quick look, not to be published.
+        batch_size: Batch size per process.
+        bf16: Evaluate in bfloat16 if the hardware supports it: a quick estimate, not published.
         corruptions: How many images to measure robustness on.
-        ood_datasets: Folders or Hub ids of images of other things, beside the built-in ones.
+        ood_datasets: Folders or Hub ids of further OOD images, in addition to the built-in ones.
 
     Returns:
-        Plain values for JSON: the metrics of `ImageClassification`, what they were computed from,
-        each image's prediction and confidence in order, and the settings the model was trained
-        with; and where it was measured, `ood` (see `measure_ood`), `calibration` before and after
-        temperature scaling, the accuracy `without_near_duplicates` of an audit, and `robustness`.
+        Plain values for JSON: the metrics of `ImageClassification`, their provenance, each image's
+        prediction and confidence in order, and the settings the model was trained with. If
+        measured, also `ood` (see `measure_ood`), `calibration` before and after temperature
+        scaling, the accuracy `without_near_duplicates` of an audit, and `robustness`.
 
     Raises:
         UserError: The model or the dataset can't be loaded, or their classes differ.
     """
     if bf16 and not runs.has_fast_bfloat16():
         bf16 = False
-        print("This processor emulates bfloat16: evaluating in float32.")
+        print("This machine only emulates bfloat16: evaluating in float32.")
     settings = load_settings(name)
-    data = replace(data, dataset_revision=_dataset_revision(data))  # what is recorded is loaded
+    data = replace(data, dataset_revision=_dataset_revision(data))  # load the recorded revision
     model, processor = load_model(name)
     labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
     source = load_source(data)
     if not set(source.names) <= set(labels):
         raise UserError(
-            f'"{name}" classifies {len(labels)} classes ({shorten(labels)}); the dataset '
-            f'"{data.dataset}" has {len(source.names)} ({shorten(source.names)}).'
+            f'"{name}" classifies {len(labels)} classes ({shorten(labels)}), but the dataset '
+            f'"{data.dataset}" has {len(source.names)} ({shorten(source.names)}): use another.'
         )
     _check_same_data(name, settings, source)
     splits = load_splits(source, processor, split, "validation", names=labels)
@@ -75,7 +75,7 @@ def evaluate(
     wall = time.monotonic() - started
     duplicates = duplicate_rows(source, split)  # None if there is no audit
     detection = calibration = robustness = None
-    if "validation" in splits:  # unlike in a dataset that has a test split only
+    if "validation" in splits:  # a dataset with only a test split has none
         validation = run(splits["validation"])
         detection = ood.measure_ood(
             run, processor, validation, test, dataset, split, data.dataset, ood_datasets
@@ -130,7 +130,7 @@ def evaluate(
 
 
 def save(results: dict, folder: Path) -> None:
-    """Save `evaluation_results.json`, and `.txt` to read, in a run's results folder."""
+    """Save `evaluation_results.json`, and a readable `.txt`, in a run's results folder."""
     runs.write_json(folder / "evaluation_results.json", results)
     (folder / "evaluation_results.txt").write_text(as_text(results), "utf-8")
     files = dict.fromkeys(("evaluation_results.json", "evaluation_results.txt"))
@@ -139,7 +139,7 @@ def save(results: dict, folder: Path) -> None:
 
 
 def as_text(results: dict) -> str:
-    """Return the results as a report to read."""
+    """Return the results as a readable report."""
     model, dataset, entries = results["model"], results["dataset"], {}
     for name, part, key in (
         ("Accuracy", results, "accuracy"),
@@ -159,7 +159,7 @@ def as_text(results: dict) -> str:
     if detection := results["ood"]:
         rates = detection["pass_rate"] | detection["ood_datasets"]
         rates = ", ".join(f"{name} {rate:.1%}" for name, rate in rates.items())
-        entries["OOD detection"] = f"taken for in-distribution by {detection['score']}: {rates}"
+        entries["OOD detection"] = f"in-distribution according to {detection['score']}: {rates}"
     entries |= {
         "Model": f"{model['name']}{' @ ' + model['revision'] if model['revision'] else ''}, "
         f"{model['image_size']} px, {model['parameters'] / 1e6:.1f} M parameters",
@@ -179,7 +179,7 @@ def _scores(logits: Tensor, labels: Tensor) -> dict:
 
 
 def _without(rows: list[int] | None, logits: Tensor, labels: Tensor) -> dict | None:
-    """The accuracy on the other rows than these; None if it is not known which these are."""
+    """Return the accuracy without the given rows; None if they are unknown."""
     if rows is None:
         return None
     correct = np.delete((logits.argmax(dim=1) == labels).numpy(), rows)
@@ -189,7 +189,7 @@ def _without(rows: list[int] | None, logits: Tensor, labels: Tensor) -> dict | N
 
 
 def _check_same_data(model: str, settings: dict | None, source: Source) -> None:
-    """Raise UserError if a run's own dataset has changed: its splits would be other ones."""
+    """Raise UserError if a run's own dataset has changed, since its splits would differ."""
     data = source.data
     training = runs.read_json(Path(model).expanduser() / "training.json") or {}
     if settings and settings.get("dataset") == data.dataset and "data" in training:
@@ -199,7 +199,7 @@ def _check_same_data(model: str, settings: dict | None, source: Source) -> None:
         if fingerprint(source) != training["data"]:
             raise UserError(
                 f'The images of "{data.dataset}" are not the images that {model} was trained on, '
-                "so test images may be among those: restore them, or train again."
+                "so it may have seen test images: restore the dataset, or train again."
             )
 
 
@@ -207,4 +207,4 @@ def _dataset_revision(data: DataArguments) -> str | None:
     if data.dataset == "digits" or runs.is_local(data.dataset):
         return None
     commit = runs.hub_commit("dataset", data.dataset, data.dataset_revision)
-    return commit or data.dataset_revision or "main"  # offline: only the Hub has revisions
+    return commit or data.dataset_revision or "main"  # no commit offline

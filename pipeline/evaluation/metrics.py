@@ -1,4 +1,4 @@
-"""One `evaluate.Metric` for image classification; nothing is fetched.
+"""An `evaluate.Metric` for image classification that needs no download.
 
 - Wilson interval: Wilson 1927, "Probable inference, the law of succession, and statistical
   inference".
@@ -18,10 +18,10 @@ ECE_BINS = 15
 class ImageClassification(evaluate.Metric):
     """Predictions are logits (N, C), references are class numbers (N,).
 
-    `compute` gives accuracy with its 95 % Wilson interval, balanced_accuracy (the mean recall of
+    `compute` returns accuracy with its 95 % Wilson interval, balanced_accuracy (the mean recall of
     the classes that occur), macro_f1, nll (natural log, per image), ece, and per class precision,
-    recall, f1 and support, each (C,), with the confusion_matrix (C, C): rows true, columns
-    predicted.
+    recall, f1 and support, each (C,), and the confusion_matrix (C, C), with true classes in rows
+    and predicted ones in columns.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -58,19 +58,19 @@ class ImageClassification(evaluate.Metric):
 
 
 def wilson_interval(correct: int, total: int) -> list[float]:
-    """Return the 95 % interval of a proportion, correct near 0 and 1 too."""
+    """Return the 95 % interval of a proportion, which is also valid near 0 and 1."""
     interval = binomtest(correct, total).proportion_ci(method="wilson")
     return [float(interval.low), float(interval.high)]
 
 
 def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """Return the gap between confidence (N,) and accuracy, averaged over bins by their size."""
+    """Return the gap between confidence (N,) and accuracy, averaged over bins weighted by size."""
     counts, confidences, accuracies = reliability(confidence, correct)
     return float((counts * np.abs(accuracies - confidences)).sum() / len(confidence))
 
 
 def reliability(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
-    """Return size, mean confidence and accuracy of each bin of confidence (N,): (3, ECE_BINS)."""
+    """Return size, mean confidence and accuracy for each bin of confidence (N,): (3, ECE_BINS)."""
     bins = np.minimum((confidence * ECE_BINS).astype(int), ECE_BINS - 1)
     weights = (np.ones(len(bins)), confidence, correct)
     counts, *sums = (np.bincount(bins, weights=w, minlength=ECE_BINS) for w in weights)

@@ -1,11 +1,11 @@
-"""Out-of-distribution (OOD) detection: three scores, a threshold, and how well they separate.
+"""Out-of-distribution (OOD) detection: three scores, a threshold, and their performance.
 
-The higher a score, the more an image looks like the training images:
+The higher the score, the more an image looks like the training images:
 - energy: the logarithm of the sum of the exponentials of the logits, Liu et al. 2020,
   arXiv:2010.03759.
 - msp: the maximum softmax probability, Hendrycks & Gimpel 2017, arXiv:1610.02136.
-- mahalanobis: minus the squared Mahalanobis distance of a middle layer's features to those of
-  validation images, Lee et al. 2018, arXiv:1807.03888, with one Gaussian for all classes.
+- mahalanobis: the negative squared Mahalanobis distance between a middle layer's features and those
+  of validation images, Lee et al. 2018, arXiv:1807.03888, with one Gaussian for all classes.
 """
 
 from collections.abc import Callable
@@ -31,22 +31,22 @@ from pipeline.evaluation.metrics import wilson_interval
 SCORES = ("energy", "msp", "mahalanobis")
 TARGET_TPR = 0.95
 DEPTH = 0.5  # the middle layer
-FEATURES = 64  # of that layer, spread evenly: enough, and their covariance is small to publish
-IMAGES = 500  # of each OOD dataset
-TILE = 64  # pixels, side of a tile of a photograph
-GRID = 4  # patches on a side of an image whose patches are shuffled
+FEATURES = 64  # evenly spaced features of that layer, which keep the published covariance small
+IMAGES = 500  # per OOD dataset
+TILE = 64  # pixels, side of a photograph tile
+GRID = 4  # patches per side of an image whose patches are shuffled
 
 
 class Detector(NamedTuple):
     """An image counts as in-distribution if its score reaches the threshold."""
 
-    name: str  # of SCORES
+    name: str  # one of SCORES
     threshold: float
     mean: Tensor | None = None  # float64 (FEATURES,), for mahalanobis
     precision: Tensor | None = None  # float64 (FEATURES, FEATURES)
 
     def score(self, logits: Tensor, features: Tensor) -> Tensor:
-        """Score logits (N, C), or features (N, D) of `pool_layer` at DEPTH, as (N,)."""
+        """Return scores (N,) for logits (N, C) or features (N, D) of `pool_layer` at DEPTH."""
         if self.name == "energy":
             return logits.logsumexp(dim=1)
         if self.name == "msp":
@@ -56,7 +56,7 @@ class Detector(NamedTuple):
 
 
 def load_detector(model: str) -> Detector | None:
-    """Return the detector that was evaluated for these files of a model; None without any."""
+    """Return the detector from an evaluation of exactly these model files; None without one."""
     name, hashes = "evaluation_results.json", runs.model_hashes(model)
     for path in (runs.results_folder(model) / name, runs.model_file(model, name)):
         results = path and runs.read_json(path)
@@ -71,24 +71,24 @@ def measure_ood(
     run: Callable[..., tuple], processor, validation: tuple, test: tuple, images: datasets.Dataset,
     split: str, dataset: str, others: tuple[str, ...] = (),
 ) -> dict:  # fmt: skip
-    """Fit a detector by each score, measure them on OOD datasets, and choose one.
+    """Fit a detector for each score, measure them on OOD datasets, and choose the best.
 
-    It is the one with the lowest mean false positive rate on one half of each built-in OOD dataset;
-    what is reported is measured on the other half.
+    The best has the lowest mean false positive rate on one half of each built-in OOD dataset. The
+    reported values are measured on the other half.
 
     Args:
-        run: `predict` of one model, with features at DEPTH.
+        run: `predict` for one model, with features at DEPTH.
         processor: The model's image processor.
-        validation: What `run` gives for the validation split.
-        test: What it gives for the evaluated split.
-        images: The decoded images of that split, shown with their patches shuffled too.
-        split: Its name.
-        dataset: The dataset's name; one that is itself among the OOD datasets is left out there.
-        others: Further OOD datasets, folders or Hub ids.
+        validation: The output of `run` for the validation split.
+        test: The output of `run` for the evaluated split.
+        images: The decoded images of that split, which are also used with shuffled patches.
+        split: The name of that split.
+        dataset: The dataset's name. It is not used as an OOD dataset for itself.
+        others: Further OOD datasets, as folders or Hub ids.
 
     Returns:
-        The detector (`score`, `threshold`, `gaussian`), its `pass_rate` of both splits, by OOD
-        dataset its false positive rate (`ood_datasets`) and `auroc`, and the same of all `scores`.
+        The detector (`score`, `threshold`, `gaussian`), its `pass_rate` on both splits, its false
+        positive rate (`ood_datasets`) and `auroc` by OOD dataset, and these for all `scores`.
     """
     sets = ood_datasets(processor)
     if dataset == "digits":
@@ -99,7 +99,7 @@ def measure_ood(
     builtin = list(outputs)
     outputs |= {Path(name).name: run(load_images(name, processor)) for name in others}
 
-    # The Gaussian is fitted on every second validation image, the threshold on the others.
+    # The Gaussian is fit on every second validation image, the threshold on the others.
     gaussian = LedoitWolf().fit(_choose(validation[2])[::2].numpy())
     gaussian = torch.from_numpy(gaussian.location_), torch.from_numpy(gaussian.precision_)
     table, rates, detectors = {}, {}, {}
@@ -137,16 +137,16 @@ def auroc(inside: Tensor, outside: Tensor) -> tuple[float, list[float]]:
     """Return the AUROC of scores (N,) and (M,), and its 95 % interval (DeLong et al. 1988)."""
     n, m = len(inside), len(outside)
     ranks = rankdata(torch.cat([inside, outside]))
-    # The share of the other group that each image is told from: (N,) and (M,).
+    # The share of the other group from which each image is separated: (N,) and (M,).
     shares = (ranks[:n] - rankdata(inside)) / m, 1 - (ranks[n:] - rankdata(outside)) / n
     area, reach = shares[0].mean(), 1.96 * sum(x.var() / len(x) for x in shares) ** 0.5
     return float(area), [float(max(0.0, area - reach)), float(min(1.0, area + reach))]
 
 
 def ood_datasets(processor) -> dict[str, datasets.Dataset]:
-    """Return images of other things by name, decoded for a model with this image processor."""
+    """Return the built-in OOD datasets by name, decoded for a model with this image processor."""
     noise = np.random.default_rng(0).integers(0, 256, (IMAGES, 32, 32, 3), np.uint8)
-    tiles = [  # of photographs of a temple and of a flower
+    tiles = [  # from photographs of a temple and a flower
         tile
         for photograph in load_sample_images().images
         for tile in extract_patches_2d(photograph, (TILE, TILE), max_patches=60, random_state=0)
@@ -159,7 +159,7 @@ def ood_datasets(processor) -> dict[str, datasets.Dataset]:
 
 
 def load_images(name: str, processor) -> datasets.Dataset:
-    """Load the first IMAGES images of a folder or of a dataset on the Hub, labeled or not."""
+    """Load IMAGES random images from a folder or from a dataset on the Hub, labeled or not."""
     try:
         splits = datasets.load_dataset(name)
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
@@ -167,12 +167,12 @@ def load_images(name: str, processor) -> datasets.Dataset:
     split = splits.get("test", next(iter(splits.values())))
     columns = [c for c, kind in split.features.items() if isinstance(kind, datasets.Image)]
     if not columns:
-        raise UserError(f'The OOD dataset "{name}" has no column of images.')
+        raise UserError(f'The OOD dataset "{name}" has no image column: choose another dataset.')
     return _decode(split.shuffle(seed=0)[columns[0]][:IMAGES], processor)
 
 
 def shuffle_patches(images: Tensor) -> Tensor:
-    """Put the GRID x GRID patches of each image (B, 3, H, W) into another order, one for all."""
+    """Shuffle the GRID x GRID patches of each image (B, 3, H, W), in the same order for all."""
     order = torch.randperm(GRID**2, generator=torch.Generator().manual_seed(0))
     height, width = (side // GRID for side in images.shape[-2:])
     patches = images.unfold(2, height, height).unfold(
@@ -187,7 +187,7 @@ def _pass_rate(scores: Tensor, threshold: float) -> float:
 
 
 def _second_half(values: Tensor) -> Tensor:
-    return values[int(len(values) > 1) :: 2]  # of one image, that one
+    return values[int(len(values) > 1) :: 2]  # a single image is kept
 
 
 def _choose(features: Tensor) -> Tensor:

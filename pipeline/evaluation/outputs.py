@@ -1,4 +1,4 @@
-"""What a model computes for a decoded dataset: its logits, and the features of a layer."""
+"""Compute a model's outputs for a decoded dataset: logits, and the features of a layer."""
 
 from collections.abc import Callable
 
@@ -18,24 +18,24 @@ def predict(
     model: PreTrainedModel, processor, dataset: Dataset, batch_size: int = 128, bf16: bool = False,
     depth: float | None = None, transform: Callable[[Tensor], Tensor] = lambda images: images,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Classify a decoded dataset, in all processes.
+    """Classify a decoded dataset, distributed over all processes.
 
     Args:
         model: An image classifier.
         processor: Its image processor.
         dataset: Columns `image`, uint8 (3, H, W), and `label`.
-        batch_size: Images at once in each process.
+        batch_size: Batch size per process.
         bf16: Compute in bfloat16.
-        depth: Of the layer whose features are wanted, see `pool_layer`.
-        transform: Changes each batch, uint8 (B, 3, H, W) on the device, before `preprocess`.
+        depth: Depth of the layer whose features are returned, see `pool_layer`.
+        transform: Applied to each batch, uint8 (B, 3, H, W) on the device, before `preprocess`.
 
     Returns:
-        Logits float32 (N, C), labels (N,), and with `depth` features float32 (N, D); on the CPU,
-        in the dataset's order.
+        Logits float32 (N, C), labels (N,), and with `depth` also features float32 (N, D), on the
+        CPU in the dataset's order.
     """
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     loader = DataLoader(DecodedImages(dataset), batch_size, collate_fn=DecodedImages.collate)
-    # Not the model: it is not trained, so each process keeps a copy of its own.
+    # The model is not prepared: it is not trained, so each process has its own copy.
     model, loader = model.to(accelerator.device).eval(), accelerator.prepare(loader)
     autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16)
     batches = []
@@ -53,7 +53,7 @@ def predict(
 def pool_layer(output, depth: float) -> Tensor:
     """Return a layer's features, averaged over tokens or pixels: float32 (B, D).
 
-    `depth` goes from 0, the first layer, to 1. Logits stand in where a model gives no layers.
+    `depth` ranges from 0, the first layer, to 1. Logits are used if a model returns no layers.
     """
     layers = getattr(output, "hidden_states", None) or (output.logits,)
     layer = layers[round(depth * (len(layers) - 1))].float()

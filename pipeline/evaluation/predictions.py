@@ -1,6 +1,6 @@
-"""Classify image files, or a dataset's split, and write one row for each to a CSV or parquet file.
+"""Classify image files or a dataset's split, and write a row per image to a CSV or parquet file.
 
-The answers are those of `transformers.pipeline()`; memory does not grow with the number of images.
+Predictions equal those of `transformers.pipeline()`. Any number of images fits in memory.
 """
 
 import glob
@@ -30,20 +30,20 @@ from pipeline.evaluation.outputs import pool_layer
 from pipeline.recipe import DataArguments
 from pipeline.training.model import load_model
 
-FIRST = 5  # rows that are returned
+FIRST = 5  # rows returned as a preview
 WRITERS = {".csv": pyarrow.csv.CSVWriter, ".parquet": pyarrow.parquet.ParquetWriter}
 
 
 @dataclass
 class Item:
-    """One image to classify: what the table calls it, and how it is opened."""
+    """One image to classify: its name in the table, and a function that opens it."""
 
     name: str
     open: Callable[[], Image.Image]
 
 
 def find_images(patterns: list[str]) -> Iterator[Item]:
-    """Find image files, one by one: files, glob patterns, and folders with all that is in them.
+    """Yield image files from file names, glob patterns and folders, including subfolders.
 
     Raises:
         UserError: A pattern matches nothing.
@@ -53,18 +53,18 @@ def find_images(patterns: list[str]) -> Iterator[Item]:
         paths = [pattern] if Path(pattern).exists() else glob.iglob(pattern, recursive=True)
         found = False
         for path in map(Path, paths):
-            # Each folder's files by name; a whole list would not fit for millions.
+            # Sorted per folder; a list of millions of files would not fit in memory.
             files = [path] if path.is_file() else (p for p in walk(path) if p.is_file())
             for file in files:
                 if file.suffix.lower() in suffixes or file == path:
                     found = True
                     yield Item(str(file), lambda file=file: open_image(file, str(file)))
         if not found:
-            raise UserError(f'There is no image in "{pattern}": name files, a folder or a pattern.')
+            raise UserError(f'There is no image in "{pattern}": give files, a folder or a pattern.')
 
 
 def split_images(data: DataArguments, split: str) -> Iterator[Item]:
-    """Give the images of a dataset's split, named by split and row."""
+    """Yield the images of a dataset's split, named by split and row."""
     dataset = load_raw(data)[split].cast_column("image", ImageFeature(decode=False))
     for row in dataset:
         name = f"{split}/{row['row']}"
@@ -79,22 +79,22 @@ def predict_to_file(
     batch_size: int = 64,
     total: int | None = None,
 ) -> dict:
-    """Classify images and write a table, complete or not at all.
+    """Classify images and write a table, which appears complete or not at all.
 
     Its columns are `image`, `label_1`, `probability_1` and so on for `top_k` classes,
-    `ood_score` and `is_ood` (empty where the model's evaluation is not known), and `error`, the
+    `ood_score` and `is_ood` (empty if the model has no known evaluation), and `error`, the
     reason why an image could not be read.
 
     Args:
         model_name: A local folder, or `id@revision` on the Hub.
         items: The images.
         output: A path that ends in .csv or .parquet.
-        top_k: How many classes to list; all of them at most.
-        batch_size: Images at once on the device.
-        total: How many there are, for the progress bar.
+        top_k: How many classes to list, at most all of them.
+        batch_size: Images per batch on the device.
+        total: The number of images, for the progress bar.
 
     Returns:
-        `images`, `unreadable` and `ood`: how many there were of each; `first`: the first rows.
+        The counts `images`, `unreadable` and `ood`, and the `first` rows.
 
     Raises:
         UserError: The model or the output can't be used.
@@ -103,7 +103,7 @@ def predict_to_file(
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1.")
     if output.suffix not in WRITERS:
-        raise UserError(f'The output is "{output}"; its name must end in .csv or .parquet.')
+        raise UserError(f'The output file is "{output}"; it must end in .csv or .parquet.')
     model, processor = load_model(model_name)
     detector = ood.load_detector(model_name)
     device = Accelerator(cpu=not torch.accelerator.is_available()).device
@@ -119,7 +119,7 @@ def predict_to_file(
             return error
 
     def predict(pixels: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits float32 (B, C), and scores (B,) where there is a detector."""
+        """Return logits float32 (B, C), and scores (B,) if there is a detector."""
         images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(device)  # (B, 3, S, S)
         with torch.inference_mode():
             output = model(preprocess(images, processor), output_hidden_states=bool(detector))
@@ -175,13 +175,13 @@ def _schema(top_k: int) -> pa.Schema:
 
 
 def _spread(values: Sequence | None, readable: np.ndarray) -> list:
-    """A value for each image, (N,), of the values of the readable ones; None for the others."""
+    """Return a value for each image, (N,): those given for readable images, None for others."""
     rest = iter(() if values is None else values.tolist())
     return [next(rest, None) if can_read else None for can_read in readable]
 
 
 def _prepare_ahead(items: Iterable[Item], prepare, pool: ThreadPoolExecutor, size: int) -> Iterator:
-    """Batches of pairs (item, prepared), of which the next one is prepared meanwhile."""
+    """Yield batches of pairs (item, prepared), while the next batch is being prepared."""
     items, ready = iter(items), []
     while batch := list(islice(items, size)):
         coming = [(item, pool.submit(prepare, item)) for item in batch]

@@ -1,8 +1,8 @@
 """Accuracy under common corruptions (Hendrycks & Dietterich 2019, arXiv:1903.12261).
 
 The corruptions and their five severities are those of CIFAR-10-C for images of up to SMALL pixels,
-and of ImageNet-C for larger ones. They are computed for whole batches on the device; only JPEG
-files are written and read by Pillow.
+and of ImageNet-C for larger ones. They are computed for whole batches on the device, except JPEG
+compression, which uses Pillow.
 """
 
 import io
@@ -18,8 +18,8 @@ from torch import Generator, Tensor
 
 from pipeline.data.transforms import resize_weights
 
-SMALL = 64  # pixels, of the longer side
-# The parameter of each severity: CIFAR-10-C's, ImageNet-C's.
+SMALL = 64  # pixels, maximum of the longer side
+# The parameter of each severity, for CIFAR-10-C and for ImageNet-C.
 PARAMETERS = {
     "gaussian_noise": ((0.04, 0.06, 0.08, 0.09, 0.1), (0.08, 0.12, 0.18, 0.26, 0.38)),
     "shot_noise": ((500, 250, 100, 75, 50), (60, 25, 12, 5, 3)),
@@ -37,12 +37,12 @@ def measure_robustness(run: Callable[..., tuple], device: torch.device, dataset:
     """Measure the accuracy of a model under each corruption and severity.
 
     Args:
-        run: `predict` with a model, of a decoded dataset.
-        device: Where it runs.
+        run: `predict` for one model, called with a decoded dataset.
+        device: The device that it runs on.
         dataset: A decoded split.
 
     Returns:
-        `accuracy`, five values by corruption; `mean_accuracy` of them all, with its 95 % interval
+        `accuracy`, five values per corruption; their `mean_accuracy`, with its 95 % interval
         over images; the number of `images`.
     """
     accuracy, correct = {}, []
@@ -60,19 +60,19 @@ def measure_robustness(run: Callable[..., tuple], device: torch.device, dataset:
 
 
 def corrupt(images: Tensor, name: str, severity: int, generator: Generator) -> Tensor:
-    """Corrupt a batch. uint8 (B, 3, H, W) to the same.
+    """Corrupt a batch, returned as uint8 (B, 3, H, W).
 
     Args:
-        images: The batch.
+        images: The batch, uint8 (B, 3, H, W).
         name: A key of PARAMETERS.
         severity: 1 to 5.
-        generator: On the device of the images.
+        generator: A generator on the device of the images.
     """
     value = PARAMETERS[name][max(images.shape[-2:]) > SMALL][severity - 1]
     if name in ON_UINT8:
         return ON_UINT8[name](images, value)
     pixels = ON_FLOAT[name](images.float() / 255, value, generator)
-    return (pixels.clamp(0, 1) * 255).to(torch.uint8)  # rounded down, as the reference does
+    return (pixels.clamp(0, 1) * 255).to(torch.uint8)  # rounded down, as in the reference code
 
 
 def _normal(x: Tensor, generator: Generator) -> Tensor:
@@ -95,7 +95,7 @@ def _gaussian_blur(x: Tensor, sigma: float, generator: Generator) -> Tensor:
 
 
 def _brightness(x: Tensor, shift: float, generator: Generator) -> Tensor:
-    # The value of HSV is raised, at the same hue and saturation: all channels grow by one factor.
+    # Raise the HSV value at the same hue and saturation: scale all channels by one factor.
     value = x.amax(dim=1, keepdim=True)  # (B, 1, H, W)
     raised = (value + shift).clamp(0, 1)
     return torch.where(value > 0, x * raised / value.clamp(min=1e-6), raised)
@@ -112,7 +112,7 @@ def _pixelate(images: Tensor, factor: float) -> Tensor:
         options = (Image.Resampling.BOX, images.device, torch.float32)
         across = resize_weights(images.shape[-1], columns, *options)
         down = resize_weights(images.shape[-2], rows, *options)
-        images = (images.float() @ across.T + 0.5).floor()  # as Pillow, rounded after each axis
+        images = (images.float() @ across.T + 0.5).floor()  # rounded after each axis, as in Pillow
         images = (down @ images + 0.5).floor()
     return images.to(torch.uint8)
 

@@ -1,1 +1,1 @@
-"""Why a model says so: attention maps, their faithfulness, and the figures of both."""
+"""Explanations: attention maps, their faithfulness, and figures of both."""

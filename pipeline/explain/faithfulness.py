@@ -1,8 +1,8 @@
 """Faithfulness of attention maps by deletion and insertion curves.
 
 Petsiuk et al. 2018, arXiv:1806.07421, over patches in the order of the map. Deletion masks the
-highest patches first: the lower its curve, the better. Insertion starts from a gray image and
-brings them back: the higher, the better.
+highest patches first: a lower curve is better. Insertion starts from a gray image and restores the
+highest patches first: a higher curve is better.
 """
 
 import numpy as np
@@ -15,9 +15,9 @@ from pipeline.data.transforms import preprocess
 from pipeline.errors import UserError
 from pipeline.explain.attention import compute_maps
 
-STEPS = 9  # points of a curve, from no patch to all
+STEPS = 9  # points on a curve, from no patch to all patches
 RESAMPLES = 2000
-BATCH = 16  # images; bounds the memory: a ViT-B's attentions take 22 MB an image at 224 px
+BATCH = 16  # images; limits memory: a ViT-B's attentions take 22 MB per image at 224 px
 
 
 def measure_faithfulness(
@@ -29,18 +29,18 @@ def measure_faithfulness(
         model: An image classifier with attention maps.
         processor: Its image processor.
         dataset: A decoded split.
-        count: Images to measure on.
-        head: The head, from 0, whose map the method `head` is.
-        seed: Of the images, of the random order, and of the bootstrap.
+        count: The number of images to measure on.
+        head: The head, from 0, used by the method `head`.
+        seed: Seed for the images, the random order and the bootstrap.
 
     Returns:
-        `methods`, see `summarize`, and the mean `curves` of each.
+        `methods`, see `summarize`, and the mean `curves` of each method.
 
     Raises:
-        UserError: There are fewer images, or the model has no maps.
+        UserError: There are fewer images than `count`, or the model has no maps.
     """
     if not 0 < count <= len(dataset):
-        raise UserError(f"Faithfulness takes 1 to {len(dataset)} images; {count} were asked for.")
+        raise UserError(f"Faithfulness needs 1 to {len(dataset)} images, not {count}.")
     rows = np.sort(np.random.default_rng(seed).choice(len(dataset), count, replace=False))
     images, generator = DecodedImages(dataset), torch.Generator().manual_seed(seed)
     batches: list[dict[str, dict[str, Tensor]]] = []
@@ -75,9 +75,9 @@ def measure_faithfulness(
 def deletion_insertion_curves(
     model, pixels: Tensor, head: int = 0, generator: torch.Generator | None = None
 ) -> dict[str, dict[str, Tensor]]:
-    """Return, by method and for random order, {"deletion", "insertion"} of (B, STEPS).
+    """Return {"deletion", "insertion"} curves (B, STEPS) by method, including random order.
 
-    Each is the probability of the predicted class after each step, for pixels float (B, 3, S, S).
+    A curve is the predicted class's probability at each step, for pixels float (B, 3, S, S).
     """
     maps = compute_maps(model, pixels)
     orders = {
@@ -97,19 +97,19 @@ def deletion_insertion_curves(
 
 
 def summarize(aucs: dict[str, dict[str, np.ndarray]], seed: int = 0) -> dict:
-    """Summarize the area under each curve with a 95 % bootstrap interval, and against random.
+    """Summarize the area under each curve with a 95 % bootstrap interval, and compare with random.
 
     Args:
-        aucs: By method and kind, one area per image, (N,).
-        seed: Of the bootstrap.
+        aucs: One area per image, (N,), by method and kind.
+        seed: Seed for the bootstrap.
 
     Returns:
-        By method and kind: `auc` and its `interval`; except for random order also
+        By method and kind: `auc` and its `interval`; except for random order, also
         `gain_over_random` on the same images (positive is better), `gain_interval`, and
-        `beats_random`, which is true if that interval lies above 0.
+        `beats_random`, which is true if that interval is above 0.
     """
     count = len(aucs["random"]["deletion"])
-    # The same images for all methods.
+    # Resample the same images for all methods.
     samples = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
     summary: dict[str, dict] = {}
     for method, kinds in aucs.items():
@@ -129,13 +129,13 @@ def summarize(aucs: dict[str, dict[str, np.ndarray]], seed: int = 0) -> dict:
 
 
 def auc(curve: np.ndarray) -> np.ndarray:
-    """Return the area under curves (N, STEPS) over the share of patches, 0 to 1: (N,)."""
+    """Return the areas (N,) under curves (N, STEPS) over the share of patches, 0 to 1."""
     return np.trapezoid(curve, dx=1 / (curve.shape[1] - 1), axis=1)
 
 
 @torch.inference_mode()
 def _curve(model, pixels: Tensor, classes: Tensor, values: Tensor, insertion: bool) -> Tensor:
-    """The classes' probabilities (B, STEPS) as patches go, or come back, highest first."""
+    """Return class probabilities (B, STEPS) as patches are masked or inserted, highest first."""
     ranks = values.flatten(1).argsort(dim=1, descending=True).argsort(dim=1)  # (B, h*w)
     ranks = ranks.view(values.shape)
     patch = [

@@ -1,4 +1,4 @@
-"""Draw the attention maps of chosen images, and an overview sheet."""
+"""Draw the attention maps of selected images, and an overview sheet."""
 
 import re
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ from pipeline.errors import UserError
 from pipeline.evaluation.outputs import predict
 from pipeline.explain import attention
 
-BATCH = 16  # images; bounds the memory: a ViT-B's attentions take 22 MB an image at 224 px
-SHEET = 3  # images on the overview at most, which is read at 700 px in a model card
-ERRORS = 6  # the most confident errors that are drawn
+BATCH = 16  # images; limits memory: a ViT-B's attentions take 22 MB per image at 224 px
+SHEET = 3  # maximum images on the overview, which a model card shows 700 px wide
+ERRORS = 6  # number of most confident errors to draw
 
 
 @dataclass
 class Example:
-    """One image to explain; `label` is its true label, where it is known."""
+    """One image to explain; `label` is its true label, if known."""
 
     name: str
     source: Image.Image | Path
@@ -32,11 +32,11 @@ class Example:
 
     @property
     def owner(self) -> str:
-        """Whose image it is, for the manifest: "user" or "dataset"."""
+        """The owner of the image, for the manifest: "user" or "dataset"."""
         return "user" if isinstance(self.source, Path) else "dataset"
 
     def open(self) -> Image.Image:
-        """Return it upright and in RGB; UserError for a file that can't be read."""
+        """Return the image upright and in RGB; UserError for a file that can't be read."""
         if isinstance(self.source, Image.Image):
             return self.source
         return open_image(self.source, f"The image {self.source}")
@@ -55,13 +55,13 @@ def select_examples(
 
 
 def select_rows(model, processor, test: Dataset, results: dict | None, hashes: dict) -> list[int]:
-    """Select examples by these results if they are of these weights, otherwise by predicting.
+    """Select examples from the results if they match these weights, otherwise by predicting.
 
     Args:
         model: An image classifier.
         processor: Its image processor.
         test: The decoded test split.
-        results: Those of `evaluate`, if there are any.
+        results: The results of `evaluate`, if there are any.
         hashes: SHA-256 of the model's files.
     """
     if (
@@ -76,11 +76,11 @@ def select_rows(model, processor, test: Dataset, results: dict | None, hashes: d
 
 
 def examples_from_rows(dataset: Dataset, rows: list[int]) -> list[Example]:
-    """Return images of a decoded split by row; UserError for a row that does not exist."""
+    """Return images from a decoded split by row; UserError for a row that does not exist."""
     names = dataset.features["label"].names
     for row in rows:
         if not 0 <= row < len(dataset):
-            raise UserError(f"There is no row {row}: the split has {len(dataset)}, from 0.")
+            raise UserError(f"There is no row {row}: choose from 0 to {len(dataset) - 1}.")
     batch = DecodedImages(dataset).batch(rows)
     return [
         Example(
@@ -93,14 +93,14 @@ def examples_from_rows(dataset: Dataset, rows: list[int]) -> list[Example]:
 
 
 def examples_from_files(paths: list[Path]) -> list[Example]:
-    """Return images from files; UserError names one that can't be read, before any is drawn."""
+    """Return images from files; UserError if one can't be read, before anything is drawn."""
     names = [_file_name(path.stem) for path in paths]
     examples = []
     for i, (name, path) in enumerate(zip(names, paths, strict=True)):
         number = names[:i].count(name)  # files of one name in several folders
         examples.append(Example(f"{name}_{number + 1}" if number else name, path))
     for example in examples:
-        example.open()  # to know, not to keep: memory does not grow with their number
+        example.open()  # only a check: keeping the images would take memory
     return examples
 
 
@@ -113,25 +113,25 @@ def draw(
     head: int = 0,
     target: str | None = None,
 ) -> dict[Path, str]:
-    """Draw each example's maps, and an overview of a few.
+    """Draw each example's maps, and an overview of a few examples.
 
     Args:
         model: An image classifier with attention maps.
         processor: Its image processor.
-        examples: What to draw.
-        folder: Where to; nothing is written before the first image was explained.
+        examples: The images to draw.
+        folder: The output folder; nothing is written before the first image is explained.
         layer: The layer of the single map, from 0; -1 is the last.
         head: The head of the single map, from 0.
-        target: The class of the relevance, by name or number; by default the predicted one.
+        target: The target class of relevance, by name or number; by default the predicted one.
 
     Returns:
-        The files, the overview last, and whose images each shows: "user" or "dataset".
+        The files, the overview last, and the owner of each file's images: "user" or "dataset".
 
     Raises:
         UserError: A layer, head or class does not exist, or the model has no maps.
     """
     if not examples:
-        raise UserError("No image is chosen: name files or rows, or leave both out.")
+        raise UserError("No image is selected: give files or rows, or neither for a default.")
     labels = model.config.id2label
     target_class = None if target is None else _find_class(target, labels)
     shown = examples[:: -(-len(examples) // SHEET)]  # evenly: correct answers and errors
@@ -141,7 +141,7 @@ def draw(
         try:
             pixels = _pixels(images, processor).to(model.device)
             maps = attention.compute_maps(model, pixels, target_class)
-            maps.select("head", layer, head)  # refuses a wrong layer or head
+            maps.select("head", layer, head)  # raises for a wrong layer or head
             images = [visible_part(image, processor) for image in images]
         except ValueError as error:
             raise UserError(str(error)) from None
@@ -164,13 +164,13 @@ def draw(
 def _panels(
     maps: attention.Maps, i: int, image: Image.Image, labels: dict[int, str], layer: int
 ) -> dict[str, list[tuple[str, Image.Image]]]:
-    """The overlays of image i, with their captions, by kind of figure."""
+    """Return the overlays of image i, with captions, by type of figure."""
 
     def overlay(caption: str, values: torch.Tensor) -> tuple[str, Image.Image]:
         return caption, attention.overlay(image, values.cpu().numpy())
 
     plain = ("", attention.fit_size(image))
-    number = range(maps.heads.shape[1])[layer]  # -1 as the last
+    number = range(maps.heads.shape[1])[layer]  # resolves -1 to the last
     target = labels[int(maps.classes[i])]
     return {
         "methods": [
@@ -192,7 +192,7 @@ def _title(logits: torch.Tensor, labels: dict[int, str], label: str | None) -> s
 
 
 def _pixels(images: list[Image.Image], processor) -> torch.Tensor:
-    """Return float (B, 3, S, S), made one by one, since files differ in size."""
+    """Return float (B, 3, S, S), preprocessed one by one, since image sizes differ."""
     tensors = [torch.tensor(np.asarray(image)).permute(2, 0, 1)[None] for image in images]
     return torch.cat([preprocess(tensor, processor) for tensor in tensors])
 
@@ -203,11 +203,11 @@ def _batches(items: list) -> Iterator[list]:
 
 
 def _find_class(target: str, labels: dict[int, str]) -> int:
-    """The class of that name, else of that number: a class may be named "2"."""
+    """Find a class by name, otherwise by number, since a class may be named "2"."""
     by_name = {label: number for number, label in labels.items()}
     by_number = {str(number): number for number in labels}
     if target not in by_number | by_name:
-        raise UserError(f'There is no class "{target}"; there are {", ".join(labels.values())}.')
+        raise UserError(f'There is no class "{target}"; choose from {", ".join(labels.values())}.')
     return (by_number | by_name)[target]
 
 

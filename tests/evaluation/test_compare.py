@@ -88,7 +88,7 @@ def test_seeds_are_averaged_with_students_interval():
     reach = 4.30265 * 0.02 / 3**0.5  # the quantile of Student's t with two degrees of freedom
     assert table["accuracy"]["interval"] == pytest.approx([0.92 - reach, 0.92 + reach], abs=1e-6)
     assert table["nll"]["interval"] == pytest.approx([0.3, 0.3])
-    with pytest.raises(UserError, match="two seeds"):
+    with pytest.raises(UserError, match="at least two seeds"):
         average([{}])
 
 

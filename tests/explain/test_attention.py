@@ -182,13 +182,13 @@ def test_a_model_without_global_attention_is_refused(model, pixels):
 def test_an_unknown_layer_head_method_or_class_is_an_error(model_and_tokens, pixels):
     model, _ = model_and_tokens
     maps = compute_maps(model, pixels, relevance=False)
-    with pytest.raises(ValueError, match="no layer 2; the layers are 0 to 1"):
+    with pytest.raises(ValueError, match="no layer 2; choose from 0 to 1"):
         maps.select("mean", layer=2)
-    with pytest.raises(ValueError, match="no head 7; the heads are 0 to 1"):
+    with pytest.raises(ValueError, match="no head 7; choose from 0 to 1"):
         maps.select("head", head=7)
     with pytest.raises(ValueError, match='no map "relevance"'):
         maps.select("relevance")
-    with pytest.raises(ValueError, match="no class 5: the model has 5, 0 to 4"):
+    with pytest.raises(ValueError, match="no class 5; choose from 0 to 4"):
         compute_maps(model, pixels, 5)
 
 

@@ -58,9 +58,9 @@ def test_faithfulness_is_the_same_for_the_same_seed(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layer": 5}, "no layer 5; the layers are 0 to 1"),
-        ({"head": 2}, "no head 2; the heads are 0 to 1"),
-        ({"target": "ten"}, 'no class "ten"; there are 0, 1, 2'),
+        ({"layer": 5}, "no layer 5; choose from 0 to 1"),
+        ({"head": 2}, "no head 2; choose from 0 to 1"),
+        ({"target": "ten"}, 'no class "ten"; choose from 0, 1, 2'),
     ],
 )
 def test_a_wrong_choice_is_named(model, here, options, message):
@@ -77,11 +77,11 @@ def test_a_wrong_selection_is_named(model, here):
     (here / "notes.png").write_text("no picture")
     with pytest.raises(UserError, match=r"The image .*notes.png cannot be decoded"):
         figures.examples_from_files([here / "notes.png"])
-    with pytest.raises(UserError, match="no row 360: the split has 360"):
+    with pytest.raises(UserError, match="no row 360: choose from 0 to 359"):
         figures.examples_from_rows(test, [360])
-    with pytest.raises(UserError, match="No image is chosen"):
+    with pytest.raises(UserError, match="No image is selected"):
         figures.draw(*model, [], here, -1, 0, None)
-    with pytest.raises(UserError, match="takes 1 to 360 images; 361"):
+    with pytest.raises(UserError, match="needs 1 to 360 images, not 361"):
         measure_faithfulness(*model, test, 361, head=0)
 
 

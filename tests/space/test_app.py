@@ -300,8 +300,8 @@ def test_a_bad_request_is_answered_in_a_sentence_and_the_next_one_works(client, 
         with pytest.raises(AppError, match=message):
             client.predict(handle_file(str(path)), api_name="/classify")
     for choice, message in {
-        ("mean", 9, 0, ""): "no layer 9; the layers are 0 to 1",
-        ("head", 0, 9, ""): "no head 9; the heads are 0 to 1",
+        ("mean", 9, 0, ""): "no layer 9; choose from 0 to 1",
+        ("head", 0, 9, ""): "no head 9; choose from 0 to 1",
         ("relevance", 0, 0, "zebra"): 'no class "zebra"; choose from airplane',
         ("gradient", 0, 0, ""): 'no map "gradient"',
         ("mean", "last", 0, ""): "must be whole numbers",

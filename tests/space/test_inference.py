@@ -156,8 +156,8 @@ def test_a_model_that_crops_is_shown_what_it_sees(copied, monkeypatch):
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        (("mean", 2, 0, ""), "no layer 2; the layers are 0 to 1"),
-        (("head", 0, 9, ""), "no head 9; the heads are 0 to 1"),
+        (("mean", 2, 0, ""), "no layer 2; choose from 0 to 1"),
+        (("head", 0, 9, ""), "no head 9; choose from 0 to 1"),
         (("relevance", 0, 0, "zebra"), 'no class "zebra"; choose from 0, 1, 2'),
         (("gradient", 0, 0, ""), 'no map "gradient"'),
         (("mean", "last", 0, ""), "must be whole numbers"),
