@@ -1,1 +1,1 @@
-"""Publish a model with its card and results, and verify what is published."""
+"""Publishing: the model with its card and results, ONNX export, jobs, the Space, verification."""

@@ -1,4 +1,4 @@
-"""The model card: a template and the results. It is a function of published files alone.
+"""Render the model card from a template and the results. It depends only on published files.
 
 See https://huggingface.co/docs/hub/model-cards for the metadata.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 TEMPLATE = Path(__file__).with_name("card.md")
-SHOWN_LINES, SHOWN_WIDTH = 6, 100  # of the lines where two cards differ
+SHOWN_LINES, SHOWN_WIDTH = 6, 100  # lines shown where two cards differ, and their length
 
 
 def render(results: dict, repo: str, publication: dict, faithfulness: dict | None = None) -> str:
@@ -21,8 +21,8 @@ def render(results: dict, repo: str, publication: dict, faithfulness: dict | Non
         repo: The repository, as `owner/name`.
         publication: The content of `publication.json`: the `files` by path, the `license` with its
             `license_name` and `license_link`, `code_url`, `space`, `dashboard`, `onnx` (the content
-            of `onnx.json`), and the `examples`, which are paths of images with their rows in
-            the evaluated split.
+            of `onnx.json`), and the `examples`, which map image paths to rows of the evaluated
+            split.
         faithfulness: The content of `attention_faithfulness.json`.
     """
     facts = {"results": results, "publication": publication, "faithfulness": faithfulness}
@@ -34,14 +34,14 @@ def render(results: dict, repo: str, publication: dict, faithfulness: dict | Non
 
 
 def mismatches(text: str, expected: str) -> list[str]:
-    """Return the first lines where a card differs from one rendered again, as of a unified diff."""
+    """Return the first lines where a card differs from the expected one, as in a unified diff."""
     diff = difflib.unified_diff(expected.splitlines(True), text.splitlines(True), n=0)
     lines = (line.rstrip()[:SHOWN_WIDTH] for line in islice(diff, 2, None) if line[0] in "+-")
     return list(islice(lines, SHOWN_LINES))
 
 
 def percent(ratio: float) -> str:
-    """Write 0.953 as "95.30 %"."""
+    """Format a ratio as a percentage: 0.953 as "95.30 %"."""
     return f"{100 * ratio:.2f} %"
 
 

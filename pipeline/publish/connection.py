@@ -1,6 +1,6 @@
-"""A client of the Hub: when a call is repeated, and what an error says.
+"""Connect to the Hub, retry failed calls, and convert errors to readable messages.
 
-huggingface_hub retries uploads, but neither the commit nor the requests before and after it.
+huggingface_hub retries uploads, but not the commit or the requests before and after it.
 """
 
 import json
@@ -17,44 +17,44 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
-BACKOFF = (1, 2, 4, 8, 8)  # seconds between tries, as in huggingface_hub
-SILENCE = 60  # seconds without a byte from the Hub, after which a request has failed
-PATIENCE = 600  # seconds in which a call is repeated
-# Method, path and status of what huggingface_hub has repeated already when it raises.
+BACKOFF = (1, 2, 4, 8, 8)  # seconds between attempts, as in huggingface_hub
+SILENCE = 60  # seconds without data from the Hub after which a request fails
+PATIENCE = 600  # seconds for which a call is retried
+# Method, path and status of requests that huggingface_hub retries itself before it raises.
 CLIENT_RETRIES = re.compile(r"PUT |.*(/preupload/|/objects/batch|/verify|/resolve/.* 429)")
-CLIENT_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)  # what huggingface_hub raises
+CLIENT_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)  # raised by huggingface_hub
 
 
 def connect(anonymous: bool = False) -> HfApi:
-    """Return a client with the user's token, or if need be without one where `anonymous`."""
+    """Return a client with the user's token; with `anonymous`, the token is optional."""
     token = get_token()
     if not token and not anonymous:
         raise UserError("There is no Hub token: run `.venv/bin/hf auth login`, or set HF_TOKEN.")
     if token and not re.fullmatch(r"[!-~]+", token):  # HTTP libraries would quote it in the error
-        raise UserError("The Hub token has characters that no token has: set HF_TOKEN again.")
+        raise UserError("The Hub token contains invalid characters: set HF_TOKEN again.")
     return HfApi(token=token or False)
 
 
 def retry(call: Callable, *args, **kwargs):
-    """Call, and call again after a pause while the Hub is busy or the connection breaks."""
+    """Call a function, and retry after a pause if the Hub is busy or the connection breaks."""
     deadline = time.monotonic() + PATIENCE
     for pause in (*BACKOFF, PATIENCE):
-        get_session().timeout = SILENCE  # the client has none of its own, and may be a new one
+        get_session().timeout = SILENCE  # on each attempt: the session may be new and has none
         try:
             return call(*args, **kwargs)
         except CLIENT_ERRORS as error:
             pause = max(pause, requested_pause(error))
             if not is_transient(error) or time.monotonic() + pause > deadline:
                 raise
-        logger.warning("The Hub did not answer properly: trying again in %s s.", pause)
+        logger.warning("The request to the Hub failed: retrying in %s s.", pause)
         time.sleep(pause)
 
 
 def is_transient(error: Exception) -> bool:
-    """Return whether another attempt may succeed: the Hub was busy, or the connection broke."""
+    """Return whether a retry may succeed: the Hub was busy, or the connection broke."""
     error = root_http_error(error)
     if not isinstance(error, (HfHubHTTPError, TransportError)):
-        return isinstance(error, json.JSONDecodeError)  # a proxy's page
+        return isinstance(error, json.JSONDecodeError)  # an error page from a proxy
     response = getattr(error, "response", None)
     request, status = (response or error).request, response.status_code if response else 0
     if CLIENT_RETRIES.match(f"{request.method} {request.url.path} {status}"):
@@ -63,14 +63,14 @@ def is_transient(error: Exception) -> bool:
 
 
 def requested_pause(error: Exception) -> int:
-    """Return the seconds to wait that the Hub asks for in a header, or 0."""
+    """Return the wait in seconds that the Hub requests in a header, or 0."""
     headers = getattr(getattr(root_http_error(error), "response", None), "headers", {})
     text = headers.get("Retry-After") or headers.get("RateLimit", "").rpartition("t=")[2]
     return int(text) if text.isdecimal() else 0
 
 
 def root_http_error(error: BaseException) -> BaseException:
-    """Return the HTTP error at the root of one of the client's exceptions, else the exception."""
+    """Return the HTTP error that caused a client's exception, or else the exception itself."""
     cause = error
     while cause is not None and not isinstance(cause, (HfHubHTTPError, TransportError)):
         cause = cause.__cause__ or cause.__context__
@@ -79,12 +79,12 @@ def root_http_error(error: BaseException) -> BaseException:
 
 @contextmanager
 def hub_errors(api: HfApi, repo: str) -> Iterator[None]:
-    """Turn the client's exceptions into a UserError of one sentence, without the token."""
+    """Convert the client's exceptions into a UserError of one sentence, without the token."""
     hub = f"the Hub at {api.endpoint}"
     try:
         yield
     except RepositoryNotFoundError:
-        raise UserError(f'There is no "{repo}" on {hub}, or the token has no access.') from None
+        raise UserError(f'There is no "{repo}" on {hub}, or the token lacks access.') from None
     except CLIENT_ERRORS as error:
         cause, reason = root_http_error(error), " ".join(str(error).split())
         if isinstance(cause, HfHubHTTPError):

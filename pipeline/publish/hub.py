@@ -1,8 +1,8 @@
-"""Publish a folder as one commit to a model or a Space on the Hub, and make sure that it arrived.
+"""Publish a folder as one commit to a model or a Space on the Hub, and check that it succeeded.
 
-`create_commit` makes one commit; `upload_folder` may split a push into several. Each push leaves
-`publication.json`, the list of what it published. A later one removes and overwrites these files
-alone, and only as they were published.
+`create_commit` makes one commit; `upload_folder` may split a push into several. Each push adds
+`publication.json`, the list of the files that it published. A later push removes and overwrites
+only files on this list, and only if they are unchanged.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ from pipeline.publish.connection import CLIENT_ERRORS, hub_errors, retry
 
 HUB_MANAGED_FILES = {".gitattributes"}
 MAIN = "refs/heads/main"
-PUBLICATION = "publication.json"  # {"files": {path: sha256 of all others}, and what the card needs}
+PUBLICATION = "publication.json"  # {"files": {path: sha256, for all others}, facts for the card}
 
 
 @dataclass
 class Plan:
-    """What a commit on top of `parent_commit` (None: a new repository) changes, by path."""
+    """The paths that a commit on top of `parent_commit` changes; None is a new repository."""
 
     parent_commit: str | None
     added: list[str]
@@ -36,7 +36,7 @@ class Plan:
         return bool(self.added or self.changed or self.removed)
 
     def describe(self, folder: Path) -> str:
-        """List each file with its size in bytes and what happens to it."""
+        """List each file with its size in bytes and the planned change."""
         status = dict.fromkeys(self.added, "add") | dict.fromkeys(self.changed, "change")
         sizes = {path: (folder / path).stat().st_size for path in list_files(folder)}
         lines = [f"  {status.get(path, 'same'):7} {sizes[path]:>13,}  {path}" for path in sizes]
@@ -45,31 +45,31 @@ class Plan:
 
 
 def list_files(folder: Path) -> list[str]:
-    """Return all files below a folder, by their path in the repository."""
+    """Return all files below a folder, as paths in the repository."""
     return sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
 
 
 @dataclass
 class Repository:
-    """A model or a Space on the Hub, which may not exist yet; errors of the Hub are UserErrors."""
+    """A model or a Space on the Hub, which may not exist yet; Hub errors become UserErrors."""
 
     api: HfApi
     name: str
     repo_type: str = "model"
 
     def request(self, call: Callable, **kwargs):
-        """Call a method of the client on this repository; errors that last are UserErrors."""
+        """Call a client method on this repository; persistent errors become UserErrors."""
         with hub_errors(self.api, self.name):
             return retry(call, repo_id=self.name, repo_type=self.repo_type, **kwargs)
 
     def check_access(self, private: bool = False, create_pr: bool = False) -> tuple:
-        """Return who pushes, main's commit (None: a new repository), and whether it is private.
+        """Return the account, main's commit (None if new), and whether the repository is private.
 
         Raises:
-            UserError: A push would be refused.
+            UserError: A push would be rejected.
         """
         if self.name.count("/") != 1:
-            raise UserError(f'"{self.name}" is not a repository name: write owner/name.')
+            raise UserError(f'"{self.name}" is not a repository name: use the form owner/name.')
         with hub_errors(self.api, self.name):
             user = retry(self.api.whoami)
         if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
@@ -79,13 +79,13 @@ class Repository:
                 self.request(self.api.auth_check, write=True)
             info = self.request(self.api.repo_info)
             if private and not info.private:
-                raise UserError(f'"{self.name}" is public already: choose another name.')
+                raise UserError(f'"{self.name}" is already public: choose another name.')
             return user["name"], info.sha, info.private
         if create_pr:
-            raise UserError(f'There is no "{self.name}" to open a pull request on.')
+            raise UserError(f'There is no "{self.name}" to open a pull request on: push first.')
         owners = [user["name"], *(organization["name"] for organization in user["orgs"])]
         if (owner := self.name.split("/")[0]) not in owners:
-            raise UserError(f'"{owner}" is not yours: you own {", ".join(owners)}.')
+            raise UserError(f'You can\'t publish as "{owner}": choose from {", ".join(owners)}.')
         return user["name"], None, private
 
     def create(self, private: bool, space_sdk: str | None = None) -> str:
@@ -94,16 +94,16 @@ class Repository:
         return self.refs()[MAIN]
 
     def compare(self, folder: Path, revision: str) -> tuple[list[str], list[str], list[str]]:
-        """Return what only a folder has, what a revision has otherwise, and what only that has."""
+        """Return paths only in the folder, paths that differ, and paths only in the revision."""
         options = {"revision": revision, "local_dir": folder}
         found = self.request(self.api.verify_repo_checksums, **options)
         return found.extra_paths, [file["path"] for file in found.mismatches], found.missing_paths
 
     def plan(self, folder: Path, revision: str | None, replace: bool = False) -> Plan:
-        """Compare a folder with a revision; with None, all its files are new.
+        """Compare a folder with a revision; without a revision, all its files are new.
 
         Raises:
-            UserError: This would overwrite what this pipeline did not write, without `replace`.
+            UserError: Without `replace`, files not written by this pipeline would be overwritten.
         """
         if revision is None:
             return Plan(None, list_files(folder), [], [])
@@ -119,17 +119,17 @@ class Repository:
         if foreign and not replace:
             raise UserError(
                 f'"{self.name}" has files that this pipeline did not write ({shorten(foreign)}): '
-                "check the name, or overwrite those that are in the way with ARGS=--replace."
+                "check the name, or overwrite conflicting files with ARGS=--replace."
             )
         return Plan(revision, added, changed, [path for path in others if path in ours])
 
     def read_publication(self, revision: str) -> dict:
-        """Return what the push of a revision published: see PUBLICATION."""
+        """Return the content of a revision's PUBLICATION."""
         with suppress(ValueError, KeyError, TypeError):
             publication = json.loads(self._read(PUBLICATION, revision))
             if isinstance(publication["files"], dict):
                 return publication
-        raise UserError(f"{PUBLICATION} of {self.name} is damaged: remove it there.")
+        raise UserError(f"{PUBLICATION} of {self.name} is damaged: remove it from the repository.")
 
     def _read(self, path: str, revision: str) -> bytes:
         file = self.request(self.api.hf_hub_download, filename=path, revision=revision)
@@ -141,7 +141,7 @@ class Repository:
         return hashlib.sha256(self._read(file.path, revision)).hexdigest()
 
     def commit(self, folder: Path, plan: Plan, message: str, create_pr: bool = False) -> str:
-        """Make one commit on top of `plan.parent_commit`, or none; return its hash."""
+        """Make one commit on top of `plan.parent_commit`, atomically; return its hash."""
         old_refs = self.refs() | {MAIN: plan.parent_commit}
         options = {"commit_message": message, "parent_commit": plan.parent_commit}
 
@@ -152,41 +152,41 @@ class Repository:
             changes = {"operations": operations, "create_pr": create_pr}
             try:
                 return self.api.create_commit(**repo, **changes, **options).oid
-            except CLIENT_ERRORS:  # the commit may be there, and only the reply lost
+            except CLIENT_ERRORS:  # the commit may exist, with only the reply lost
                 new_refs = dict(self.refs().items() - old_refs.items())
                 for commit in new_refs.values():
                     added, changed, others = self.compare(folder, commit)
                     if not (added or changed or {*plan.removed} & {*others}):
                         return commit
                 if MAIN in new_refs:
-                    message = f'Somebody else has committed to "{self.name}" meanwhile: push again.'
+                    message = f'Somebody else committed to "{self.name}" meanwhile: push again.'
                     raise UserError(message) from None
                 raise
 
         try:
             return self.request(attempt)
         except UserError as error:
-            outcome = "Whether the commit landed is not known: the same command finds out."
+            outcome = "The commit may exist: run the same command again to find out."
             with suppress(UserError):
                 outcome = "Nothing was committed." if self.refs() == old_refs else outcome
             raise UserError(f"{error} {outcome}") from None
 
     def refs(self) -> dict[str, str]:
-        """Return the commit of each branch, tag and pull request, by ref, as `refs/pr/1`."""
+        """Return the commit of each branch, tag and pull request by ref, such as `refs/pr/1`."""
         refs = self.request(self.api.list_repo_refs, include_pull_requests=True)
         return {r.ref: r.target_commit for r in refs.branches + refs.tags + refs.pull_requests}
 
     def tag(self, name: str, commit: str) -> None:
-        """Tag a commit; UserError if the tag exists on another one."""
+        """Tag a commit; UserError if the tag already exists on another commit."""
         self.request(self.api.create_tag, tag=name, revision=commit, exist_ok=True)
         self.check_tag(name, commit)
 
     def check_tag(self, name: str, commit: str | None, is_new: bool = False) -> None:
-        """Raise UserError if a commit (None: one to come) can't be given this tag."""
+        """Raise UserError if a commit (None if not made yet) can't be given this tag."""
         if not re.fullmatch(r"\w[\w.+-]*(?<!\.)(?<!\.lock)", name, re.ASCII) or ".." in name:
             raise UserError(f'"{name}" can\'t be a tag: use letters, digits, ".", "-" and "_".')
         refs = {MAIN: None} if is_new else self.refs()
         if f"refs/heads/{name}" in refs:
             raise UserError(f'"{name}" is a branch of "{self.name}": choose another tag.')
         if refs.get(f"refs/tags/{name}", commit) != commit:
-            raise UserError(f'"{self.name}" has a tag {name} already: choose another.')
+            raise UserError(f'"{self.name}" already has a tag {name}: choose another.')

@@ -1,7 +1,7 @@
-"""Train, evaluate and publish on a rented GPU, as a job of Hugging Face Jobs.
+"""Train, evaluate and publish on a rented GPU with Hugging Face Jobs.
 
-The code goes to a private dataset repository as a git bundle of the last commit; the checkpoints
-lie in a private bucket, where the job's next start finds them.
+The code is uploaded to a private dataset repository as a git bundle of the last commit. Checkpoints
+are kept in a private bucket, from which a restarted job resumes.
 """
 
 import re
@@ -22,7 +22,7 @@ IMAGE = "python:3.12"  # Debian with git and make
 TIMEOUT = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 HOURS = {"s": 1 / 3600, "m": 1 / 60, "h": 1, "d": 24}
 BUNDLE = "code.bundle"
-# What the job runs. CODE and CHECKPOINTS are where the volumes are mounted.
+# The job's script. CODE and CHECKPOINTS are the mount paths of the volumes.
 SCRIPT = """\
 git clone --quiet "$CODE/{bundle}" project && cd project && mkdir -p models
 ln -s "$CHECKPOINTS" models/checkpoints
@@ -34,7 +34,7 @@ make push MODEL={model} REPO={repo} ARGS={push_args}
 
 @dataclass
 class Job:
-    """What is asked of the Hub: see `HfApi.run_job`; `price` is in dollars an hour."""
+    """A planned job, see `HfApi.run_job`; `price` is in US dollars per hour."""
 
     command: list[str]
     env: dict[str, str]
@@ -57,36 +57,36 @@ def plan(
     timeout: str | None,
     push_args: list[str],
 ) -> Job:
-    """Plan a job; nothing is sent.
+    """Plan a job without sending anything.
 
     Args:
-        api: A client with a token, which the job gets as a secret.
-        recipe: Resolved, so that a mistake shows here and not in the job.
-        name: The recipe's, as `make train` takes it.
-        overrides: Arguments of `scripts/train_vit.py` after that.
-        repo: Where the model is published, `name/model`.
-        flavor: The machine, as `a10g-small`.
-        timeout: When the job is ended, as `2h`.
+        api: A client with a token, which is passed to the job as a secret.
+        recipe: The resolved recipe, so that mistakes are found before the job starts.
+        name: The recipe's name, as in `make train RECIPE=`.
+        overrides: Further arguments of `scripts/train_vit.py`.
+        repo: The repository to publish the model to, `name/model`.
+        flavor: The machine, such as `a10g-small`.
+        timeout: The job's time limit, such as `2h`.
         push_args: Arguments of `scripts/push_to_hub.py`.
 
     Raises:
-        UserError: There is no such machine or no time limit, or the job could not see the code,
+        UserError: There is no such machine or no time limit, or the job has no access to the code,
             the dataset or the backbone.
     """
     match = TIMEOUT.fullmatch(timeout or "")
     if not match:
         raise UserError(
-            f'TIMEOUT is "{timeout or ""}": give a time limit, as TIMEOUT=2h (s, m, h or d). '
+            f'TIMEOUT is "{timeout or ""}": set a time limit, such as TIMEOUT=2h (s, m, h or d). '
             "Without one, the service ends a job after 30 minutes."
         )
     for kind, source in (("dataset", recipe.data.dataset), ("model", recipe.model.model)):
         if source not in (None, "digits") and runs.is_local(source):
             raise UserError(
-                f'The {kind} "{source}" is a folder on this machine, which a job can\'t see: '
-                "upload it to the Hub, and name it by its id."
+                f'The {kind} "{source}" is a folder on this machine, which a job can\'t access: '
+                "upload it to the Hub, and use its Hub id."
             )
     if name.endswith((".yaml", ".yml")) and not _git("ls-files", name):
-        raise UserError(f"The recipe {name} is not in git: commit it, so that the job has it.")
+        raise UserError(f"The recipe {name} is not in git: commit it, since jobs get only commits.")
     if changed := _git("status", "--porcelain"):
         print(f"The job runs the last commit, without {len(changed.splitlines())} changed files.")
     machines = {machine.name: machine for machine in retry(api.list_jobs_hardware)}
@@ -119,7 +119,7 @@ def plan(
 
 
 def submit(api: HfApi, job: Job) -> JobInfo:
-    """Upload the code, make the bucket, and start the job."""
+    """Upload the code, create the bucket, and start the job."""
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder, BUNDLE)
         _git("bundle", "create", "--quiet", str(bundle), "HEAD")
@@ -139,7 +139,7 @@ def submit(api: HfApi, job: Job) -> JobInfo:
         ),
         Volume(type="bucket", source=job.bucket, mount_path=job.env["CHECKPOINTS"]),
     ]
-    # Not repeated: a reply that was lost would start, and cost, a second job.
+    # Not retried: after a lost reply, a second job would start and cost money.
     return api.run_job(
         image=IMAGE,
         command=job.command,
@@ -153,14 +153,14 @@ def submit(api: HfApi, job: Job) -> JobInfo:
 
 
 def follow(api: HfApi, job: JobInfo) -> None:
-    """Print a job's log until it ends; UserError unless it ended well."""
+    """Print a job's log until it ends; UserError unless it succeeded."""
     for line in api.fetch_job_logs(job_id=job.id, namespace=job.owner.name, follow=True):
         print(line)
     status = api.inspect_job(job_id=job.id, namespace=job.owner.name).status
     if status.stage != "COMPLETED":
         raise UserError(
-            f"The job ended as {status.stage} ({status.message or 'without a message'}): "
-            f"{job.url}. The same command goes on from its last checkpoint."
+            f"The job ended in the stage {status.stage} ({status.message or 'without a message'}): "
+            f"{job.url}. Run the same command to resume from its last checkpoint."
         )
 
 
@@ -174,6 +174,6 @@ def _git(*args: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(
-            f"A job takes its code from git, and git {args[0]} failed: "
+            f"A job takes its code from git, but git {args[0]} failed: "
             f"{getattr(error, 'stderr', '').strip() or error}"
         ) from None

@@ -1,7 +1,7 @@
-"""Export a model to ONNX for transformers.js, and check that each copy answers as the model does.
+"""Export a model to ONNX for transformers.js, and check that each copy predicts as the model does.
 
-The files are named as transformers.js expects them (its `dtype` is fp32, fp16 or q8). int8 is
-dynamic quantization of the linear layers' weights, one scale for each output channel.
+The files are named as transformers.js expects (its `dtype` is fp32, fp16 or q8). int8 is dynamic
+quantization of the linear layers' weights, with one scale per output channel.
 """
 
 import logging
@@ -35,24 +35,24 @@ VARIANTS = {  # file: (dtype in transformers.js, precision)
 }
 REPORT = "onnx/onnx.json"
 PARITY_IMAGES = 200
-MAX_LOGIT_DIFFERENCE = 1e-4  # of the float32 copy
-MIN_SAME_CLASS = 0.99  # of the others
+MAX_LOGIT_DIFFERENCE = 1e-4  # for the float32 copy
+MIN_SAME_CLASS = 0.99  # share of images, for all copies
 TIMED_IMAGES = 20
 
 
 def export(name: str, data: DataArguments, max_images: int | None = None) -> dict:
     """Export a model to `results/<run>/onnx`, in float32, float16 and int8.
 
-    Copies that do not answer as the model does are removed with a warning.
+    Copies whose predictions differ from the model's are skipped with a warning.
 
     Args:
         name: A local folder, or `id@revision` on the Hub.
-        data: The dataset, whose test split the copies are checked on.
-        max_images: Of the test split, for a quick look; the accuracy is of these only.
+        data: The dataset; the copies are checked on its test split.
+        max_images: Measure the accuracy on only this many test images, for a quick check.
 
     Returns:
         The content of `onnx.json`: for each file its size, its agreement with the model in
-        PyTorch, its accuracy, and the milliseconds that one image takes here.
+        PyTorch, its accuracy, and the milliseconds per image on this machine.
 
     Raises:
         UserError: A package is missing, the model can't be exported, or the float32 copy differs.
@@ -79,7 +79,7 @@ def export(name: str, data: DataArguments, max_images: int | None = None) -> dic
             if reason := _disagreement(precision, report):
                 if precision == "float32":
                     raise UserError(f"The ONNX copy of {name} {reason}: it can't be published.")
-                print(f"Left out the {precision} copy, which {reason}.")
+                print(f"Skipped the {precision} copy, which {reason}.")
                 continue
             variants[file] = {"dtype": dtype, "precision": precision} | report
             (folder / "onnx").mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def export(name: str, data: DataArguments, max_images: int | None = None) -> dic
 
 
 def _write_variants(model: PreTrainedModel, size: int, folder: Path) -> None:
-    # These packages take a second or more to import, and are optional.
+    # These packages are optional and take a second or more to import.
     import onnx
     import onnx_ir
     from onnxruntime.quantization import quantize_dynamic
@@ -110,12 +110,12 @@ def _write_variants(model: PreTrainedModel, size: int, folder: Path) -> None:
     full = folder / "model.onnx"
     sample = {"pixel_values": torch.zeros(2, 3, size, size)}
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # of operators that no image classifier has
+    logging.disable(logging.WARNING)  # about operators that no image classifier has
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported = OnnxExporter().export(model, sample, OnnxConfig(dynamic=True))
-            onnx_ir.save(exported.program, full)  # the weights in the same file
+            onnx_ir.save(exported.program, full)  # with the weights in the same file
             half = convert_float_to_float16(onnx.load(full), keep_io_types=True)
             onnx.save(half, folder / "model_fp16.onnx")
             linear = ["MatMul", "Gemm"]
@@ -130,7 +130,7 @@ def _write_variants(model: PreTrainedModel, size: int, folder: Path) -> None:
 
 
 def _torch_logits(model: PreTrainedModel, processor, images: DecodedImages, count: int):
-    """Logits float32 (count, C) of the first images, by PyTorch."""
+    """Return PyTorch's logits for the first images, float32 (count, C)."""
     with torch.inference_mode():
         pixels = preprocess(images.batch(range(count))["pixel_values"], processor)
         return torch.cat([model(part).logits for part in pixels.split(50)]).numpy()
@@ -139,7 +139,7 @@ def _torch_logits(model: PreTrainedModel, processor, images: DecodedImages, coun
 def _check(
     file: Path, processor, images: DecodedImages, truth: np.ndarray, expected: np.ndarray
 ) -> dict:
-    """Measure one file; `truth` is (N,) and `expected` (P, C), of the first P images."""
+    """Measure one file; `truth` is (N,), and `expected` is (P, C) for the first P images."""
     from onnxruntime import InferenceSession
 
     session = InferenceSession(file, providers=["CPUExecutionProvider"])
@@ -148,7 +148,7 @@ def _check(
         pixels = preprocess(images.batch(rows)["pixel_values"], processor)
         return session.run(["logits"], {"pixel_values": pixels.numpy()})[0]
 
-    # One image at a time where it is compared: int8 scales its activations by the whole batch.
+    # Compare one image at a time: int8 scales activations by the whole batch.
     single = np.concatenate([run(range(row, row + 1)) for row in range(len(expected))])
     starts = tqdm(range(0, len(images), 50), f"Checking {file.name}")
     logits = [run(range(row, min(row + 50, len(images)))) for row in starts]
@@ -168,7 +168,7 @@ def _disagreement(precision: str, report: dict) -> str | None:
     if precision == "float32" and not report["max_logit_difference"] <= MAX_LOGIT_DIFFERENCE:
         return f"differs from PyTorch by {report['max_logit_difference']:.1e} in its logits"
     if not report["same_class"] >= MIN_SAME_CLASS:
-        return f"gives the same class for {report['same_class']:.1%} of the images only"
+        return f"predicts the same class for only {report['same_class']:.1%} of the images"
     return None
 
 

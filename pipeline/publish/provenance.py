@@ -1,4 +1,4 @@
-"""Where a model comes from, as its card may say it, and what was published of it before."""
+"""The provenance of a model, anonymized for its card, and the record of earlier pushes."""
 
 import re
 from contextlib import contextmanager, suppress
@@ -22,13 +22,13 @@ from pipeline.recipe import RECIPE_DEFAULTS, DataArguments, data_arguments
 from pipeline.recipe_checks import HUB_TRAINING_KEYS
 
 EVALUATION = "evaluation_results.json"
-RECORD = "published.json"  # of a run's results, which stays here: what it was published as
+RECORD = "published.json"  # in a run's results, never published: where the model was pushed
 TRAINING_KEYS = (
     "epochs", "training_images", "wall_s", "hardware", "precision", "validation_accuracy",
     "validation_images", "best_step", "code_revision",
 )  # fmt: skip
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, TemplateError, yaml.YAMLError)
-REMOTE = r"(?:https?://(?:[^@/]+@)?|(?:ssh://)?git@)([\w.-]+)[:/](.+?)(?:\.git)?/?"  # git's
+REMOTE = r"(?:https?://(?:[^@/]+@)?|(?:ssh://)?git@)([\w.-]+)[:/](.+?)(?:\.git)?/?"  # a git URL
 
 
 def anonymize(results: dict) -> dict:
@@ -54,11 +54,11 @@ def anonymize(results: dict) -> dict:
 
 
 def evaluated_data(folder: Path, results: dict, dataset: str | None) -> DataArguments:
-    """Return what a model was evaluated on, or `dataset` in its place, as another folder of it."""
+    """Return the data a model was evaluated on; `dataset` is another location of the dataset."""
     info = results["dataset"]
     if not dataset and info["local"] and not Path(info["name"]).expanduser().is_dir():
         name = short_name(info["name"])
-        raise UserError(f'It was evaluated on a local dataset, "{name}": say where with DATASET=.')
+        raise UserError(f'The model was evaluated on a local dataset, "{name}": set DATASET=.')
     data = data_arguments(str(folder), dataset or info["name"])
     if dataset:
         return data
@@ -66,18 +66,18 @@ def evaluated_data(folder: Path, results: dict, dataset: str | None) -> DataArgu
 
 
 def load_evaluated_split(folder: Path, results: dict, data: DataArguments) -> Dataset:
-    """Load the split of an evaluation, decoded; UserError if its images changed."""
+    """Load the decoded split of an evaluation; UserError if its images changed."""
     name, labels = results["dataset"]["split"], results["labels"]
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     split = load_split(data, name, processor, names=labels)
     changed = content_hash(split) != results["dataset"]["sha256"]
     if changed or split.features["label"].names != labels:
-        raise UserError(f"The {name} images are not those it was evaluated on.")
+        raise UserError(f"The {name} images are not those that the model was evaluated on.")
     return split
 
 
 def is_public(api: HfApi, dataset: dict) -> bool:
-    """Return whether anybody can see a dataset's images: on the Hub, or in scikit-learn."""
+    """Return whether a dataset's images are public, on the Hub or in scikit-learn."""
     if not dataset["revision"]:
         return dataset["name"] == "digits"
     with suppress(*CLIENT_ERRORS):
@@ -87,28 +87,28 @@ def is_public(api: HfApi, dataset: dict) -> bool:
 
 
 def find_license(api: HfApi, results: dict, license: str | None) -> dict[str, str | None]:
-    """Return the card's license keys: those given, or those of the backbone's card on the Hub."""
+    """Return the card's license keys: the given license, or those of the backbone's card."""
     recipe, card = results["recipe"] or {}, {}
     backbone, revision = recipe.get("model"), recipe.get("model_revision")
     if license:
         return {"license": license}
     if not backbone:
         raise UserError(
-            "The weights were trained from scratch: say under which license you publish them, "
-            'as ARGS="--license apache-2.0".'
+            "The weights were trained from scratch: set the license that you publish them under, "
+            'such as ARGS="--license apache-2.0".'
         )
     with hub_errors(api, backbone), suppress(RepositoryNotFoundError):
         info = retry(api.model_info, backbone, revision=revision) if revision else None
         card = info.card_data.to_dict() if info and info.card_data else {}
     facts = {key: card.get(key) for key in ("license", "license_name", "license_link")}
-    if facts["license_link"] and "://" not in facts["license_link"]:  # a file of the backbone
+    if facts["license_link"] and "://" not in facts["license_link"]:  # the backbone's file
         page = f"https://huggingface.co/{backbone}/blob/main"
         facts["license_link"] = f"{page}/{facts['license_link']}"
     return facts
 
 
 def find_dashboard(api: HfApi, model: Path) -> str | None:
-    """Return the address of the trackio Space that a run reported to, if anybody can see it."""
+    """Return the URL of the trackio Space that a run reported to, if it is public."""
     space = (runs.read_json(model / "training.json") or {}).get("dashboard")
     with suppress(*CLIENT_ERRORS):
         if space and not retry(api.space_info, space, token=False).private:
@@ -117,13 +117,13 @@ def find_dashboard(api: HfApi, model: Path) -> str | None:
 
 
 def find_code_url() -> str | None:
-    """Return the web address of git's remote, without credentials; None for one without any."""
+    """Return the web URL of git's remote, without credentials; None if there is none."""
     match = re.fullmatch(REMOTE, runs.git("remote", "get-url", "origin") or "")
     return f"https://{match[1]}/{match[2]}" if match else None
 
 
 def read_results(model: Path) -> dict:
-    """Return the evaluation of a model; UserError if there is none."""
+    """Return a model's evaluation results; UserError if there are none."""
     results = runs.read_json(runs.results_folder(str(model)) / EVALUATION)
     if results is None:
         raise UserError(f"There are no results of {model}: run `make evaluate MODEL={model}`.")
@@ -131,7 +131,7 @@ def read_results(model: Path) -> dict:
 
 
 def default_name(api: HfApi, model: Path) -> str:
-    """Return `account/backbone-finetuned-dataset`, as the Trainer names it."""
+    """Return `account/backbone-finetuned-dataset`, the Trainer's naming scheme."""
     results = read_results(model)
     with hub_errors(api, str(model)):
         account = retry(api.whoami)["name"]
@@ -141,7 +141,7 @@ def default_name(api: HfApi, model: Path) -> str:
 
 
 def record_push(model: Path, endpoint: str, repo: str, commit: str) -> None:
-    """Save in the results of a run what it was published as."""
+    """Save where a model was published, in its run's results."""
     file = runs.results_folder(str(model)) / RECORD
     record = runs.read_json(file) or {}
     space = record.get("space") if record.get("repo") == repo else None
@@ -149,7 +149,7 @@ def record_push(model: Path, endpoint: str, repo: str, commit: str) -> None:
 
 
 def last_push(endpoint: str, repo: str | None = None) -> tuple[Path, dict] | None:
-    """Return the record of the last push to a Hub, or to one repository there, and its file."""
+    """Return the file and content of the last push record, for a Hub or one repository there."""
     files = sorted(runs.RESULTS.glob(f"*/{RECORD}"), key=lambda file: -file.stat().st_mtime)
     records = ((file, runs.read_json(file)) for file in files)
     hits = (r for r in records if r[1]["endpoint"] == endpoint and repo in (None, r[1]["repo"]))
@@ -158,7 +158,7 @@ def last_push(endpoint: str, repo: str | None = None) -> tuple[Path, dict] | Non
 
 @contextmanager
 def malformed(message: str):
-    """Turn what values of another shape than expected raise into a UserError."""
+    """Convert errors raised by malformed values into a UserError."""
     try:
         yield
     except MALFORMED as error:

@@ -1,4 +1,4 @@
-"""The Space as it is published: its files, which name the one commit of a model that it shows."""
+"""Publish the Space: its files, which pin the model commit that it shows, and its build."""
 
 import json
 import os
@@ -19,15 +19,15 @@ from pipeline.publish.hub import Repository
 SOURCE = Path(__file__).parents[2] / "space"
 EXAMPLE = SOURCE / "examples/cat.png"
 PATTERNS = ("*.py", "*.md", "style.css", "requirements.txt", "thumbnail.jpg", "examples/*")
-TIMEOUT, POLL, GRACE = 1800, 5, 60  # seconds; after GRACE, a stage is not the build's before
+TIMEOUT, POLL, GRACE = 1800, 5, 60  # seconds; before GRACE, a stage may be the last build's
 
 
 def published_files(model: ModelInfo, page: str) -> dict[str, Path | str]:
-    """Return what the Space at an address consists of, by path: a file, or its text."""
+    """Return the files of a Space by path, each as a local file or text; `page` is its URL."""
     files = {f.relative_to(SOURCE).as_posix(): f for p in PATTERNS for f in SOURCE.glob(p)}
     readme = RepoCard(files["README.md"].read_text("utf-8"))
     readme.data.models, readme.data.thumbnail = [model.id], f"{page}/resolve/main/thumbnail.jpg"
-    if not model.private:  # the build downloads it: the Space then starts without the Hub too
+    if not model.private:  # the build downloads it, so that the Space starts without the Hub
         names = [sibling.rfilename for sibling in model.siblings]
         names = [n for n in names if n.endswith((".json", ".safetensors")) or "examples/" in n]
         readme.data.preload_from_hub = [f"{model.id} {','.join(names)} {model.sha}"]
@@ -37,7 +37,7 @@ def published_files(model: ModelInfo, page: str) -> dict[str, Path | str]:
 
 
 def try_here(folder: Path, api: HfApi) -> None:
-    """Build the staged page on this machine; UserError if its model can't be shown."""
+    """Start the staged app on this machine; UserError if it can't show its model."""
     variables = {"HF_ENDPOINT": api.endpoint, "HF_HUB_OFFLINE": "0", "MODEL_ID": ""}
     command = [sys.executable, "-B", "-c", "import app"]
     process = subprocess.run(command, cwd=folder, env=os.environ | variables, stderr=-1, text=True)
@@ -46,7 +46,7 @@ def try_here(folder: Path, api: HfApi) -> None:
 
 
 def wait_until_settled(space: Repository, commit: str) -> str:
-    """Wait for the build of a commit and return the stage; UserError with a log if it fails."""
+    """Wait for a commit's build and return its stage; UserError with the log if it fails."""
     start, options = time.monotonic(), {"timeout": TIMEOUT, "poll_interval": POLL}
     with hub_errors(space.api, space.name):
         while (waited := time.monotonic() - start) < TIMEOUT:
@@ -58,12 +58,12 @@ def wait_until_settled(space: Repository, commit: str) -> str:
                 is_build = stage != "RUNTIME_ERROR"
                 log = "".join([*space.api.fetch_space_logs(space.name, build=is_build)][-30:])
                 raise UserError(f"{space.name} is in the stage {stage}.\n{log.rstrip()}")
-            time.sleep(POLL)  # the commit before it may still be there
+            time.sleep(POLL)  # the previous commit may still be running
     raise UserError(f'"{space.name}" does not run {commit[:12]} after {TIMEOUT // 60} minutes.')
 
 
 def classify_example(space: Repository) -> str:
-    """Return what the running Space, which wakes up for that if it sleeps, says of EXAMPLE."""
+    """Return the Space's prediction for EXAMPLE; a sleeping Space wakes up for it."""
     host = space.request(space.api.repo_info).host
     try:
         client = Client(host, token=space.api.token or None, verbose=False)

@@ -1,4 +1,4 @@
-"""What is published of a model: an explicit list of files, copied, checked and scanned for secrets.
+"""Stage a model for publishing: copy an explicit list of files, check them, scan for secrets.
 
 See `runs.record_files` for the manifest of a run's results.
 """
@@ -22,7 +22,7 @@ from pipeline.recipe import load_settings, to_yaml
 
 FAITHFULNESS = "attention_faithfulness.json"
 MAPS = "visualizations/"
-MAX_FIGURE = 120_000  # bytes of each of three; with the example images, less than 500 kB
+MAX_FIGURE = 120_000  # bytes for each of three; less than 500 kB with the example images
 MAX_EXAMPLE = 60_000
 SECRETS = re.compile(
     rb"\b(hf_(oauth_|jwt_)?|api_org_)[A-Za-z0-9]{30,}|\bgh[pousr]_[A-Za-z0-9]{36}"
@@ -31,7 +31,7 @@ SECRETS = re.compile(
     rb"|\bxox[a-z]-[\w-]{10,}|\bxapp-[\w-]{10,}|hooks\.slack\.com/services/\w+"
     rb"|\bwandb_v\d_\w{20,}|(?i:wandb\w*)\W{1,5}[0-9a-f]{40}\b"
     rb"|\b[a-z][a-z0-9+.-]*://[^\s/:@]*:[^\s/:@]+@|-----BEGIN [A-Z ]*PRIVATE KEY-----"
-    rb"|(/home|/Users|\\Users)[/\\]+[\w.-]+"  # paths with a user's name
+    rb"|(/home|/Users|\\Users)[/\\]+[\w.-]+"  # paths with a user name
 )
 
 
@@ -39,20 +39,20 @@ def stage_model(
     api: HfApi, model: Path, repo: str, folder: Path, publish_images: bool = False,
     license: str | None = None, code_url: str | None = None, dataset: str | None = None,
 ) -> Path:  # fmt: skip
-    """Copy a model's published files into `folder`, and write its card and the list of all there.
+    """Copy a model's published files into `folder`, and write its card and the file list.
 
     Args:
-        api: A client of the Hub, which tells whether the dataset is public.
+        api: A Hub client, used to check whether the dataset is public.
         model: The model's folder.
-        repo: The name under which it is published.
+        repo: The repository that the model is published as.
         folder: An empty folder.
-        publish_images: Publish images of the user's own and of datasets that are not public too.
-        license: An identifier of the Hub; by default the backbone's.
-        code_url: Where the code is; by default git's remote.
-        dataset: Another place of the same dataset, such as a local folder.
+        publish_images: Also publish the user's own images and those of non-public datasets.
+        license: A license identifier of the Hub; by default the backbone's.
+        code_url: The URL of the code; by default git's remote.
+        dataset: Another location of the same dataset, such as a local folder.
 
     Raises:
-        UserError: The model was changed after its evaluation, or a file has a secret.
+        UserError: The model was changed after its evaluation, or a file contains a secret.
     """
     evaluate = f"run `make evaluate MODEL={model}`"
     source = runs.results_folder(str(model))
@@ -62,11 +62,11 @@ def stage_model(
         shown = {None, "dataset", "user"} if publish_images else {None}
         files = published_files(model, source, shown | ({"dataset"} if is_public else set()))
         if EVALUATION not in files:
-            raise UserError(f"There are no results of {model} as it is now: {evaluate}.")
+            raise UserError(f"There are no results of the current {model}: {evaluate}.")
         if results["dtype"] == "bfloat16":
             raise UserError(f"The results of {model} are an estimate in bfloat16: {evaluate}.")
         if load_settings(str(model)) != results["recipe"]:
-            raise UserError(f"The recipe of {model} is not that of its results: {evaluate}.")
+            raise UserError(f"The recipe of {model} does not match its results: {evaluate}.")
         public = provenance.anonymize(results)
         files |= {"recipe.yaml": to_yaml(public["recipe"])} if public["recipe"] else {}
         files[EVALUATION] = json.dumps(public, indent=1)
@@ -87,22 +87,22 @@ def stage_model(
             examples = zip(facts["examples"], examples_from_rows(split, rows), strict=True)
             files |= {path: compact(image.source, MAX_EXAMPLE) for path, image in examples}
         stage(files, folder, api.token)
-        # From the copies: a training may write to the model meanwhile.
+        # Read the copies, since training may change the originals meanwhile.
         results, faithfulness = read_results(folder)
         text = card.render(results, repo, facts | {"files": list_files(folder)}, faithfulness)
     return add_list(stage({"README.md": text}, folder, api.token), facts)
 
 
 def published_files(model: Path, results: Path, shown: set) -> dict[str, Path | str | bytes]:
-    """Return what may be published of a model, by path in the repository: nothing but this list.
+    """Return the files of a model that may be published, by path in the repository.
 
-    It has the model's own files, and the results in the manifest that were made from its weights.
-    Of the attention maps it has the overview and two more, made small.
+    These are the model's own files and the results in the manifest that were made from its weights,
+    but only three attention figures, reduced in size: the overview and two others.
 
     Args:
         model: The model's folder.
         results: The folder of its results.
-        shown: Whose images figures may show: None (no images), "dataset", "user".
+        shown: The allowed owners of images in figures: None (no images), "dataset", "user".
     """
     files = {name: model / name for name in runs.MODEL_FILES}
     if missing := [name for name in files if not files[name].is_file()]:
@@ -117,8 +117,8 @@ def published_files(model: Path, results: Path, shown: set) -> dict[str, Path | 
     names = [name for name, owner in entries.items() if owner in shown]
     if hidden := len(entries) - len(names):
         print(
-            f"Not published: {hidden} figures with images of your own, or of a dataset that is "
-            "not public on the Hub. ARGS=--publish_images publishes them."
+            f"Not published: {hidden} figures with your own images, or images of a dataset that is "
+            "not public on the Hub. To publish them, use ARGS=--publish_images."
         )
     files |= {name: results / name for name in names if not name.startswith(MAPS)}
     maps = [name for name in names if name.startswith(MAPS)]
@@ -130,10 +130,10 @@ def published_files(model: Path, results: Path, shown: set) -> dict[str, Path | 
 
 
 def stage(files: dict[str, Path | str | bytes], folder: Path, token: str) -> Path:
-    """Copy files, or write those given by their content, into `folder`; return it.
+    """Copy or write files, given as paths or content, into `folder`, and return it.
 
     Raises:
-        UserError: A file has a secret or a private path in it, or the disk is full.
+        UserError: A file contains a secret or a private path, or the disk is full.
     """
     for name, content in files.items():
         copy = folder / name
@@ -148,13 +148,13 @@ def stage(files: dict[str, Path | str | bytes], folder: Path, token: str) -> Pat
             raise UserError(f"Cannot copy {name} to {folder}: {error.strerror}.") from None
         if match := re.search(re.escape(token.encode()), data) or SECRETS.search(data):
             line = data.count(b"\n", 0, match.start()) + 1
-            what = "what looks like a secret or a private path"
-            raise UserError(f"{name}, line {line}, has {what} in it: nothing is published.")
+            what = "what looks like a secret or a private path, so nothing is published"
+            raise UserError(f"{name}, line {line}, contains {what}: remove it.")
     return folder
 
 
 def add_list(folder: Path, facts: dict | None = None) -> Path:
-    """Add the list of what is published, with SHA-256, and the facts that the card needs."""
+    """Add the list of published files with their SHA-256, and the facts for the card."""
     files = {path: runs.sha256(folder / path) for path in list_files(folder)}
     runs.write_json(folder / PUBLICATION, {"files": files} | (facts or {}))
     return folder
@@ -164,7 +164,7 @@ def read_results(folder: Path) -> tuple[dict, dict | None]:
     """Return the evaluation and the attention maps' faithfulness (or None) from a staged folder.
 
     Raises:
-        UserError: They were not made from exactly the model files there.
+        UserError: They were not made from exactly these model files.
     """
     results, faithfulness = (runs.read_json(folder / file) for file in (EVALUATION, FAITHFULNESS))
     hashes = results["model"]["sha256"]
@@ -172,13 +172,13 @@ def read_results(folder: Path) -> tuple[dict, dict | None]:
     if faithfulness and faithfulness["sha256"] != hashes:
         changed.append(FAITHFULNESS)
     if changed:
-        message = "These files are not of the evaluated model; evaluate it again:"
+        message = "These files don't belong to the evaluated model, so evaluate it again:"
         raise UserError(f"{message} {', '.join(changed)}.")
     return results, faithfulness
 
 
 def compact(image: Image.Image, size: int) -> bytes:
-    """Return an image as a JPEG of at most `size` bytes, made smaller if need be."""
+    """Return an image as a JPEG of at most `size` bytes, reduced in size if necessary."""
     image = image.convert("RGB")
     for side in (1600, 1200, 900, 600, 400, 200):
         image.thumbnail((side, side))

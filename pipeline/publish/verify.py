@@ -1,4 +1,4 @@
-"""Download a published model as anybody would, and check that what its card says is true."""
+"""Download a published model as a user would, and verify the statements in its card."""
 
 import secrets
 import tempfile
@@ -21,14 +21,14 @@ from pipeline.publish.hub import HUB_MANAGED_FILES, PUBLICATION, Repository
 from pipeline.recipe import to_yaml
 
 SAMPLE_SIZE = 1000  # images
-TIE = 1e-3  # classes whose probabilities are closer than this may change places
-CONFIDENCE = 0.01  # other processors round otherwise
-# Of what needs all probabilities, absolute and relative.
+TIE = 1e-3  # classes with a smaller difference in probability may swap
+CONFIDENCE = 0.01  # tolerance for rounding on other processors
+# Absolute and relative tolerance of metrics that need all probabilities.
 TOLERANCE = {"nll": 1e-3, "ece": 2e-3, "ood": 0.01, "calibration": 0.01}
-NOT_COMPARED = {"gaussian"}  # of the OOD detector: its scores are compared
-EXAMPLE_TOLERANCE = 16  # mean difference of gray levels, of JPEG
+NOT_COMPARED = {"gaussian"}  # of the OOD detector, whose scores are compared instead
+EXAMPLE_TOLERANCE = 16  # mean difference in gray levels, due to JPEG
 REQUIRED = {PUBLICATION, "README.md", *runs.MODEL_FILES, provenance.EVALUATION}
-# Files beside the published ones that nothing loads; a pickle, code or another config is refused.
+# Extensions of unlisted files that nothing loads; a pickle, code or a config is an error.
 HARMLESS = {"", ".md", ".txt", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".pdf", ".csv", ".onnx"}
 UNVERIFIED = (
     "training (length, hardware, checkpoint) and its curves",
@@ -47,19 +47,19 @@ def verify(
         revision: A branch, tag or commit; `main` by default.
         images: Size of the random sample to classify again; None for all test images, which also
             verifies the metrics that need probabilities.
-        dataset: Another place of the same dataset, such as a local folder.
-        seed: Of the sample; a new one by default.
+        dataset: Another location of the same dataset, such as a local folder.
+        seed: Seed for the sample; a new one by default.
 
     Returns:
-        The verified commit, and for each check whether it was verified.
+        The verified commit, and whether each check was verified.
 
     Raises:
-        UserError: A check failed; it is named.
+        UserError: A check failed; the message names it.
     """
     seed = secrets.randbelow(2**32) if seed is None else seed
     commit = repository.request(repository.api.repo_info, revision=revision).sha
     folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-    damaged = provenance.malformed("Its files are not those that this pipeline writes")
+    damaged = provenance.malformed("Its files were not written by this pipeline")
     try:
         with folder as cache, damaged:
             folder, unlisted = _download(repository, commit, cache)
@@ -84,19 +84,19 @@ def verify(
         f"predictions of {len(rows):,} of {len(split):,} test images": f"verified (seed {seed})",
         "NLL, ECE, OOD detection, calibration": full,
     } | dict.fromkeys(UNVERIFIED, "NOT verified: as the publisher says")
-    others = {f"files of others: {', '.join(unlisted)}": "NOT verified"} if unlisted else {}
+    others = {f"other files: {', '.join(unlisted)}": "NOT verified"} if unlisted else {}
     return commit, checks | others
 
 
 def _download(repository: Repository, commit: str, cache: str) -> tuple[Path, list[str]]:
-    """Download the published files; return their folder, and what else is in the repository."""
+    """Download the published files; return their folder and the repository's other files."""
     api, request, options = repository.api, repository.request, {"revision": commit}
     paths = {*request(api.list_repo_files, **options)} - HUB_MANAGED_FILES
     if missing := sorted(REQUIRED - paths):
         raise UserError(f"It has no {', '.join(missing)}.")
     listed = repository.read_publication(commit)["files"].keys() | {PUBLICATION}
     if missing := sorted(listed - paths):
-        raise UserError(f"It has no {', '.join(missing)}, which it lists.")
+        raise UserError(f"It lists {', '.join(missing)}, but does not have them.")
     unlisted = sorted(paths - listed)
     if harmful := [path for path in unlisted if Path(path).suffix.lower() not in HARMLESS]:
         raise UserError(f"These files are not on the published list: {', '.join(harmful)}.")
@@ -110,7 +110,7 @@ def _download(repository: Repository, commit: str, cache: str) -> tuple[Path, li
 
 
 def _check_files(folder: Path, repo: str) -> dict:
-    """Check that files, results and card belong together; return the results."""
+    """Check that files, results and card match; return the results."""
     publication = runs.read_json(folder / PUBLICATION)
     results, faithfulness = staging.read_results(folder)
     recipe = folder / "recipe.yaml"
@@ -119,16 +119,16 @@ def _check_files(folder: Path, repo: str) -> dict:
         raise UserError("recipe.yaml is not the recipe of the results.")
     text = (folder / "README.md").read_bytes().decode()
     if lines := card.mismatches(text, card.render(results, repo, publication, faithfulness)):
-        raise UserError("\n".join(["The card is not the one that its results give:", *lines]))
+        raise UserError("\n".join(["The card is not the one rendered from its results:", *lines]))
     if publication.get("onnx") != runs.read_json(folder / onnx.REPORT):
         raise UserError(f"The card's ONNX copies are not those of {onnx.REPORT}.")
     if changed := runs.changed_files(publication["files"], folder):
-        raise UserError(f"These files are not those that were published: {', '.join(changed)}.")
+        raise UserError(f"These files are not the published ones: {', '.join(changed)}.")
     return results
 
 
 def _check_metrics(results: dict, labels: np.ndarray) -> None:
-    """Compute all metrics again that follow from predictions and labels (N,): not nll and ece."""
+    """Recompute all metrics that depend only on predictions and labels (N,): not nll and ece."""
     predictions, num_classes = np.asarray(results["predictions"]), len(results["labels"])
     if predictions.shape != labels.shape or not set(predictions) <= set(range(num_classes)):
         raise UserError("The results do not have one prediction for each image.")
@@ -146,7 +146,7 @@ def _load_classifier(folder: Path, results: dict):
         raise UserError(f"The model can't be loaded: {' '.join(str(error).split())}") from None
     names = classifier.model.config.id2label
     if [names[i] for i in range(len(names))] != results["labels"]:
-        raise UserError("The classes of the model are not those of its results, in their order.")
+        raise UserError("The classes of the model, or their order, are not those of its results.")
     return classifier
 
 
@@ -155,7 +155,7 @@ def _image(split: DecodedImages, row: int) -> Image.Image:
 
 
 def _check_predictions(results: dict, classifier, split: DecodedImages, rows: np.ndarray) -> None:
-    """Compare predictions and confidences of `rows` (n,) with what `pipeline()` gives."""
+    """Compare predictions and confidences for `rows` (n,) with the output of `pipeline()`."""
     labels, wrong = results["labels"], 0
     answers = classifier((_image(split, row) for row in rows), top_k=len(labels), batch_size=64)
     for row, answer in zip(rows, answers, strict=True):
@@ -167,7 +167,7 @@ def _check_predictions(results: dict, classifier, split: DecodedImages, rows: np
 
 
 def _check_examples(folder: Path, split: DecodedImages) -> None:
-    """Check that the card's example images are those test images."""
+    """Check that the card's example images are the test images that it names."""
     for path, row in runs.read_json(folder / PUBLICATION)["examples"].items():
         original = _image(split, row)
         with Image.open(folder / path) as image:
@@ -177,7 +177,7 @@ def _check_examples(folder: Path, split: DecodedImages) -> None:
 
 
 def _compare(name: str, published, again, tolerance: float) -> None:
-    """Compare all numbers of two results; those that only one has are left out."""
+    """Compare all numbers of two results, except those that only one of them has."""
     if isinstance(again, dict) and published is not None:
         for key in again.keys() - NOT_COMPARED:
             _compare(f"{name} {key}", published[key], again[key], tolerance)

@@ -83,7 +83,7 @@ def test_the_tables_have_the_numbers_of_the_results(results):
     assert "| " + " | ".join(f"{number:.4f}" for number in numbers) + " |" in text
     assert f"| 7 | {results['precision'][7]:.4f} | {results['recall'][7]:.4f} |" in text
     ood = results["ood"]
-    assert f"at least {ood['threshold']:.3f}. With\nthis threshold 95 %" in text
+    assert f"at least {ood['threshold']:.3f}. With\nthis threshold, 95 %" in text
     assert f"| test split | {100 * ood['pass_rate']['test']:.2f} % |" in text
     assert f"| OOD: photographs | {100 * ood['ood_datasets']['photographs']:.2f} % |" in text
     for rest_of_the_template in ("None", "{{", "{%", "\n\n\n"):
@@ -108,10 +108,10 @@ def test_what_else_was_measured_has_its_section(results):
     seeds = {"mean": 0.52, "interval": [0.47, 0.57], "values": [0.5, 0.52, 0.54]}
     results["seeds"] = {"accuracy": seeds}
     text = render(results)
-    assert "On the 300 of them without near-duplicates" in text
+    assert "On the 300 images without near-duplicates" in text
     assert "it is 50.00 % (40.00 % to 60.00 %)" in text
     assert "is 30.00 % (25.00 % to 35.00 %)" in text
-    assert "of 3 runs that differ by their seed is 52.00 % (95 % interval of the mean" in text
+    assert "of 3 runs with different seeds is 52.00 % (95 % interval of the mean" in text
     assert "| shot noise | 50.00 % | 40.00 % | 30.00 % | 20.00 % | 10.00 % |" in text
     assert "\n\n\n" not in text
 
@@ -133,7 +133,7 @@ def test_a_run_without_validation_shows_no_validation_accuracy(results):
         "epochs": 1.0, "training_images": 900, "wall_s": 60, "hardware": "2 cores",
         "precision": "no", "validation_accuracy": 0.5, "validation_images": 100, "best_step": 7,
     }  # fmt: skip
-    checkpoint = "| Checkpoint | step 7, chosen by validation accuracy: 50.00 % of 100 images |"
+    checkpoint = "| Checkpoint | step 7, with a validation accuracy of 50.00 % on 100 images |"
     assert checkpoint in render(results)
     results["training"] |= {"validation_accuracy": None, "best_step": None}
     text = render(results)
@@ -143,7 +143,7 @@ def test_a_run_without_validation_shows_no_validation_accuracy(results):
 
 def test_the_evaluated_split_is_named_as_it_is(results):
     assert "accuracy on the `test` split is" in render(results)
-    assert "used neither for training nor for choosing the checkpoint" in render(results)
+    assert "were not used for training or for choosing the checkpoint" in render(results)
     results["dataset"] |= {"published_split": "train", "is_part": True}
     text = render(results)
     assert "accuracy on the images split off the `train` split before training is" in text
@@ -152,7 +152,7 @@ def test_the_evaluated_split_is_named_as_it_is(results):
     results["dataset"] |= {"split": "validation", "published_split": "val", "is_part": False}
     text = render(results)
     assert "accuracy on the `val` split" in text
-    assert "used neither" not in text
+    assert "not used for training" not in text
 
 
 def test_local_folders_are_named_as_local_and_not_linked(results):
@@ -161,7 +161,7 @@ def test_local_folders_are_named_as_local_and_not_linked(results):
     text = render(results, license=None)
     data = ModelCard(text).data
     assert (data.base_model, data.datasets, data.license) == (None, None, None)
-    local = "It is\n`dinov2-small` (a local folder), fine-tuned on `photos` (a local dataset)."
+    local = "It is\n`dinov2-small` (a local model), fine-tuned on `photos` (a local dataset)."
     assert local in text
     assert "| License | that of `dinov2-small`, which could not be determined" in text
 

@@ -27,8 +27,8 @@ def api(hub_server, here, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--flavor=a10g-small"], r'TIMEOUT is "": give a time limit'),
-        (["--flavor=a10g-small", "--timeout=2"], r'TIMEOUT is "2": give a time limit'),
+        (["--flavor=a10g-small"], r'TIMEOUT is "": set a time limit'),
+        (["--flavor=a10g-small", "--timeout=2"], r'TIMEOUT is "2": set a time limit'),
         (["--flavor=h9000", "--timeout=2h"], r'no machine "h9000"; choose from cpu-basic'),
         (["--flavor=t4-small", "--timeout=2h", "--dataset=photos"], r"folder on this machine"),
         (["--flavor=t4-small", "--timeout=2h", "--learnig_rate=1"], r'mean "learning_rate"'),

@@ -130,7 +130,7 @@ def test_a_commit_of_somebody_else_to_the_space_is_not_overwritten(
         replace_file(api, "notes.txt", b"mine", "space", SPACE)
 
     hub_server.faults.append(("POST", "/commit/", race))
-    with pytest.raises(UserError, match="Somebody else has committed"):
+    with pytest.raises(UserError, match="Somebody else committed"):
         deploy(monkeypatch)
     assert history(api, SPACE, "space") == ["Other", "initial commit"]
 
@@ -140,7 +140,7 @@ def test_a_commit_of_somebody_else_to_the_space_is_not_overwritten(
     [
         ("", SPACE, SHOWN, "There is no Hub token"),
         (READER, SPACE, SHOWN, "read-only"),
-        (OTHER, SPACE, SHOWN, '"me" is not yours'),
+        (OTHER, SPACE, SHOWN, 'You can\'t publish as "me"'),
         (MINE, "look", SHOWN, "is not a repository name"),
         (MINE, SPACE, "me/nothing", 'There is no "me/nothing"'),
         (MINE, SPACE, f"{SHOWN}@gone", "answered 404"),

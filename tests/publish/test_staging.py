@@ -76,7 +76,7 @@ def test_images_of_the_user_need_the_flag(api, capsys):
     draw_map("passport_layers", "user")
     draw_map("overview", "user")
     assert not (stage_tiny(api) / "visualizations").exists()
-    assert "Not published: 2 figures with images of your own" in capsys.readouterr().out
+    assert "Not published: 2 figures with your own images" in capsys.readouterr().out
     assert (stage_tiny(api, publish_images=True) / "visualizations/passport_layers.jpg").exists()
 
 
@@ -122,7 +122,7 @@ def test_images_of_a_dataset_that_is_not_public_need_the_flag(api, is_public):
 )
 def test_a_file_with_a_secret_is_not_staged_and_its_place_is_named(here, secret):
     files = {"config.json": "{}", "recipe.yaml": f"dataset: digits\nkey: {secret}\n"}
-    with pytest.raises(UserError, match=r"recipe\.yaml, line 2, has what looks like") as error:
+    with pytest.raises(UserError, match=r"recipe\.yaml, line 2, contains what looks like") as error:
         stage(files, here, token=MINE)
     assert secret not in str(error.value)
 
@@ -167,13 +167,13 @@ def test_local_names_run_names_and_paths_appear_in_no_published_file(api, local,
     assert not [path for path in texts if path.endswith(".jpg")]
     data = ModelCard(texts["README.md"].decode()).data
     assert (data.datasets, data.base_model, data.license) == (None, None, None)
-    assert b"`vit` (a local folder), fine-tuned on `photos` (a local dataset)" in texts["README.md"]
+    assert b"`vit` (a local model), fine-tuned on `photos` (a local dataset)" in texts["README.md"]
     results = json.loads(texts["evaluation_results.json"])
     assert (results["dataset"]["name"], results["dataset"]["local"]) == ("./photos", True)
     assert yaml.safe_load(texts["recipe.yaml"])["model"] == "./vit"
     with pytest.raises(UserError, match='There is no folder "./photos"|"./vit"'):
         load_recipe(f"hub:{REPO}").pin_sources(resume=False)
-    with pytest.raises(UserError, match='local dataset, "photos": say where with DATASET='):
+    with pytest.raises(UserError, match='local dataset, "photos": set DATASET='):
         run_script(monkeypatch, push_to_hub.main, REPO, "--verify_only")
     run_script(monkeypatch, push_to_hub.main, REPO, "--verify_only", "--dataset", "data/photos")
 
@@ -205,7 +205,7 @@ def test_equal_train_and_test_splits_are_refused():
 
 
 def test_weights_trained_from_scratch_need_a_license(api):
-    with pytest.raises(UserError, match="trained from scratch: say under which license"):
+    with pytest.raises(UserError, match="trained from scratch: set the license"):
         stage_tiny(api, license=None)
     assert ModelCard.load(stage_tiny(api, license="mit") / "README.md").data.license == "mit"
 
@@ -243,12 +243,12 @@ def test_the_code_is_linked_at_its_commit(api, monkeypatch, remote, url):
     edit_results(code_revision="ab" * 20 + "+changes")
     text = (stage_tiny(api) / "README.md").read_text()
     assert (f"({url}/tree/{'ab' * 20}), with uncommitted changes" in text) == bool(url)
-    assert "with uncommitted changes: this commit alone may give another model" in text
+    assert "with uncommitted changes: this commit alone may produce a different model" in text
 
 
 def test_a_recipe_changed_after_the_evaluation_stops_the_push(api):
     (MODEL / "recipe.yaml").write_text("dataset: digits\nseed: 1\n")
-    with pytest.raises(UserError, match="recipe of models/tiny is not that of its results"):
+    with pytest.raises(UserError, match="recipe of models/tiny does not match its results"):
         stage_tiny(api)
 
 

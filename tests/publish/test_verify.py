@@ -91,13 +91,13 @@ def test_files_changed_after_the_evaluation_fail(api):
     send(api)
     processor = MODEL / "preprocessor_config.json"
     replace_file(api, processor.name, processor.read_bytes().replace(b"0.5", b"0.4"))
-    with pytest.raises(UserError, match=r"not of the evaluated model.*: preprocessor_config\.json"):
+    with pytest.raises(UserError, match=r"belong to the evaluated .*: preprocessor_config\.json"):
         verify(Repository(api, REPO))
     send(api, replace=True)
     weights = bytearray((MODEL / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     replace_file(api, "model.safetensors", bytes(weights))
-    with pytest.raises(UserError, match=r"not of the evaluated model.*: model\.safetensors"):
+    with pytest.raises(UserError, match=r"belong to the evaluated model.*: model\.safetensors"):
         verify(Repository(api, REPO))
 
 
@@ -168,7 +168,7 @@ def test_an_empty_hash_list_fails(api):
     for hashes in ({}, {"model.safetensors": results["model"]["sha256"]["model.safetensors"]}):
         results["model"]["sha256"] = hashes
         republish(api, EVALUATION.name, json.dumps(results).encode())
-        fails(api, r"not of the evaluated model.*: .*config\.json")
+        fails(api, r"belong to the evaluated model.*: .*config\.json")
 
 
 def test_forged_predictions_outside_the_old_sample_fail(api):
@@ -226,13 +226,13 @@ def test_swapped_classes_fail(api):
     runs.write_json(MODEL / "config.json", config)
     hashes = runs.model_hashes(str(MODEL))
     forge(api, model=lambda model: model | {"sha256": hashes})
-    fails(api, "classes of the model are not those of its results, in their order")
+    fails(api, "classes of the model, or their order, are not those of its results")
 
 
 @pytest.mark.parametrize(
     ("key", "edit", "message"),
     [
-        ("labels", lambda labels: labels[::-1], "test images are not those it was evaluated on"),
+        ("labels", lambda labels: labels[::-1], "test images are not those that the model"),
         ("predictions", lambda p: p[:-1], "do not have one prediction for each"),
     ],
 )
@@ -257,7 +257,7 @@ def test_an_edited_recipe_fails(api):
 def test_a_swapped_figure_fails(api):
     send(api)
     replace_file(api, "confusion_matrix.png", b"another figure")
-    fails(api, r"not those that were published: confusion_matrix\.png")
+    fails(api, r"not the published ones: confusion_matrix\.png")
 
 
 def test_a_swapped_example_image_fails(api):
