@@ -9,10 +9,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--dataset", help="a Hub id or a folder (default: the model's)")
     parser.add_argument("--model", help="a backbone or a fine-tuned model; finds label errors")
-    parser.add_argument("--image_size", type=int, help="of the model's input: small is fast")
+    parser.add_argument("--image_size", type=int, help="model input size; smaller is faster")
     args = parser.parse_args()
 
-    # After the arguments: these take seconds to import.
+    # Imported after parsing, since these imports take seconds.
     from dataclasses import replace
 
     from pipeline import plots, runs

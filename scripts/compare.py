@@ -9,11 +9,11 @@ SHOWN = 60  # images on the contact sheet
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", help="names of runs, or folders of models")
-    parser.add_argument("--seeds", action="store_true", help="average them")
+    parser.add_argument("runs", nargs="+", help="run names or model folders")
+    parser.add_argument("--seeds", action="store_true", help="average runs that differ by seed")
     args = parser.parse_args()
 
-    # After the arguments: these take seconds to import.
+    # Imported after parsing, since these imports take seconds.
     from pipeline import plots, runs
     from pipeline.data.decoding import open_image
     from pipeline.evaluation.compare import average, compare, load_evaluated
@@ -22,10 +22,10 @@ def main() -> None:
     files = [folder / "evaluation_results.json" for folder in folders]
     found = [runs.read_json(file) for file in files]
     if missing := [name for name, results in zip(args.runs, found, strict=True) if not results]:
-        raise UserError(f"There are no results of {missing[0]}: run `make evaluate` with it first.")
+        raise UserError(f"There are no results of {missing[0]}: run `make evaluate` for it first.")
     if args.seeds:
         table = average(found)
-        for file, results in zip(files, found, strict=True):  # for the card of each
+        for file, results in zip(files, found, strict=True):  # for each model's card
             runs.write_json(file, results | {"seeds": table})
         for key in table.keys() - {"seeds"}:
             low, high = table[key]["interval"]
@@ -33,7 +33,7 @@ def main() -> None:
         return
 
     if len(found) != 2:
-        raise UserError('Name two runs, as RUNS="first second".')
+        raise UserError('Name two runs, such as RUNS="first second".')
     split, labels = load_evaluated(found[0])
     report = compare(*found, labels)
     folder = runs.RESULTS / "compare" / "_".join(folder.name for folder in folders)
@@ -50,7 +50,7 @@ def main() -> None:
     print(
         f"Accuracy {found[0]['accuracy']:.2%} and {found[1]['accuracy']:.2%}: difference "
         f"{report['difference']:+.2%} (95 % interval {low:+.2%} to {high:+.2%}).\n"
-        f"Only the first is right on {report['only_first']} images, only the second on "
+        f"Only the first is correct on {report['only_first']} images, only the second on "
         f"{report['only_second']}: the runs {verdict} (McNemar, p = {report['p_value']:.2g})."
     )
     changes = report["by_class"].items()

@@ -1,4 +1,4 @@
-"""Publish the Space as one commit, showing one commit of a model, and wait until it runs."""
+"""Publish the Space, which shows one commit of a model, as one commit; wait until it runs."""
 
 import argparse
 import tempfile
@@ -11,19 +11,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     option = parser.add_argument
     option("repo", nargs="?", help="the Space, as owner/name (default: the model's name)")
-    option("--model", help="owner/name or owner/name@revision (default: the one pushed last)")
+    option("--model", help="owner/name or owner/name@revision (default: the last one pushed)")
     option("--private", action="store_true", help="make a new Space private")
-    option("--replace", action="store_true", help="overwrite what this pipeline did not write")
-    option("--yes", action="store_true", help="don't ask whether the default name is right")
+    option("--replace", action="store_true", help="overwrite files not written by this pipeline")
+    option("--yes", action="store_true", help="use the default name without confirmation")
     option("--dry_run", action="store_true", help="show what would be done")
     args = parser.parse_args()
-    from pipeline import runs  # takes seconds
+    from pipeline import runs  # this import takes seconds
     from pipeline.publish import connection, hub, provenance, space, staging
 
     api = connection.connect()
     pushed = provenance.last_push(api.endpoint)
     if not (args.model or pushed):
-        raise UserError("No model was pushed from here: name one with MODEL=.")
+        raise UserError("No model was pushed from this folder: name one with MODEL=.")
     name, revision = runs.split_revision(args.model or pushed[1]["repo"])
     model = hub.Repository(api, name).request(api.repo_info, revision=revision)
     repository = hub.Repository(api, args.repo or model.id, "space")
@@ -41,16 +41,16 @@ def main() -> None:
             return print("Nothing was sent.")
         if not args.repo:
             confirm(f"Publish as {repository.name}?", args.yes)
-        print("Trying it here first.", flush=True)
+        print("Testing the Space on this machine first.", flush=True)
         space.try_here(Path(folder), api)
         commit = plan.parent_commit = parent_commit or repository.create(args.private, "gradio")
         if plan:
             commit = repository.commit(staged, plan, f"Show {model.id} @ {model.sha[:12]}")
     print(f"Published: {page}/commit/{commit}" if plan else "No file has changed.")
     if not is_private and (pushed := provenance.last_push(api.endpoint, model.id)):
-        runs.write_json(pushed[0], pushed[1] | {"space": repository.name})  # the next card links it
+        runs.write_json(pushed[0], pushed[1] | {"space": repository.name})  # for the next card
     if model.private:
-        print(f"{model.id} is private: give the Space a secret HF_TOKEN that can read it.")
+        print(f"{model.id} is private: give the Space a secret HF_TOKEN with read access to it.")
     print("Waiting for the build.", flush=True)
     stage = space.wait_until_settled(repository, commit)
     print(f"Stage:     {page} is {stage.lower()}.")
@@ -59,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, "Stopped. The Space is as it was, or has the whole new commit.")
+    run_main(main, "Stopped. The Space is unchanged, or has the complete new commit.")

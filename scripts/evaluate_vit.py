@@ -1,4 +1,4 @@
-"""Evaluate a fine-tuned model on the test split; save its metrics and figures."""
+"""Evaluate a fine-tuned model on the test split, and save its metrics and figures."""
 
 import argparse
 from pathlib import Path
@@ -9,17 +9,17 @@ from pipeline.errors import run_main
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", help="a folder, or a Hub id as name@rev (default: the last run)")
-    parser.add_argument("--dataset", help="default: the one it was trained on")
-    parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--bf16", action="store_true", help="faster and rounded: a quick look")
+    parser.add_argument("--dataset", help="default: the dataset the model was trained on")
+    parser.add_argument("--batch_size", type=int, default=128, help="images per process")
+    parser.add_argument("--bf16", action="store_true", help="a faster estimate in bfloat16")
     parser.add_argument(
         "--corruptions", type=int, nargs="?", const=1000, default=0,
-        help="measure robustness, on this many images (default: 1000)",
+        help="measure robustness on this many images (default: 1000)",
     )  # fmt: skip
-    parser.add_argument("--ood_datasets", nargs="+", default=[], help="folders or Hub ids")
+    parser.add_argument("--ood_datasets", nargs="+", default=[], help="more OOD folders or Hub ids")
     args = parser.parse_args()
 
-    # After the arguments: these take seconds to import.
+    # Imported after parsing, since these imports take seconds.
     from accelerate import PartialState
 
     from pipeline import plots, runs
@@ -39,7 +39,7 @@ def main() -> None:
     if training:
         results["training"] = training
 
-    # The results first: a figure that can't be drawn loses nothing.
+    # Save the results first, so that an error in a figure loses nothing.
     folder = runs.results_folder(model)
     save(results, folder)
     print(as_text(results))

@@ -1,4 +1,4 @@
-"""Classify images with a model, and write a table of its answers."""
+"""Classify images with a model, and write a table of its predictions."""
 
 import argparse
 from pathlib import Path
@@ -8,21 +8,21 @@ from pipeline.errors import run_main
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--model", help="a folder or a Hub id; default: the run trained last")
+    parser.add_argument("--model", help="a folder or a Hub id (default: the last run)")
     parser.add_argument(
         "--images", nargs="+", help="files, folders or patterns (default: a split of the dataset)"
     )
-    parser.add_argument("--dataset", help="in place of images; default: the one it was trained on")
+    parser.add_argument("--dataset", help="without --images (default: the one it was trained on)")
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
-    parser.add_argument("--max_images", type=int, help="classify the first ones only")
+    parser.add_argument("--max_images", type=int, help="classify only the first ones")
     parser.add_argument("--top_k", type=int, default=3, help="classes to list for each image")
-    parser.add_argument("--batch_size", type=int, default=64, help="images at once on the device")
+    parser.add_argument("--batch_size", type=int, default=64, help="images per batch")
     parser.add_argument(
         "--output", type=Path, help=".csv or .parquet (default: results/<run>/predictions.csv)"
     )
     args = parser.parse_args()
 
-    # After the arguments: these take seconds to import.
+    # Imported after parsing, since these imports take seconds.
     from itertools import islice
 
     from pipeline import runs

@@ -6,33 +6,33 @@ from pathlib import Path
 
 from pipeline.errors import UserError, confirm, run_main
 
-LARGE = 50e6  # bytes, from which progress bars are worth their lines
+LARGE = 50e6  # bytes; larger uploads show progress bars
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     option = parser.add_argument
     option("repo", nargs="?", help="owner/name (default: you/backbone-finetuned-dataset)")
-    option("--model", help="its folder (default: the model trained last)")
+    option("--model", help="the model's folder (default: the last run)")
     option("--private", action="store_true", help="make a new repository private")
     option("--pr", action="store_true", help="open a pull request")
-    option("--tag", help="a tag, set once the download is verified")
-    option("--license", help="of the weights (default: the backbone's)")
-    option("--code_url", help="where the code is (default: git's remote)")
-    option("--publish_images", action="store_true", help="publish images that are not public too")
-    option("--replace", action="store_true", help="overwrite what this pipeline did not write")
-    option("--yes", action="store_true", help="don't ask whether the default name is right")
+    option("--tag", help="tag the commit once its download is verified")
+    option("--license", help="license of the weights (default: the backbone's)")
+    option("--code_url", help="URL of the code (default: git's remote)")
+    option("--publish_images", action="store_true", help="also publish images that are not public")
+    option("--replace", action="store_true", help="overwrite files not written by this pipeline")
+    option("--yes", action="store_true", help="use the default name without confirmation")
     option("--dry_run", action="store_true", help="show what would be done")
-    option("--full", action="store_true", help="verify on all test images, not 1,000")
-    option("--seed", type=int, help="of the random test images (default: a new one)")
-    option("--dataset", help="where the test images are, if not where they were")
-    option("--verify_only", action="store_true", help="verify repo, or repo@revision")
+    option("--full", action="store_true", help="verify on all test images, not only 1,000")
+    option("--seed", type=int, help="seed for the random test images (default: a new one)")
+    option("--dataset", help="new location of the test images, if they were moved")
+    option("--verify_only", action="store_true", help="only verify repo or repo@revision")
     args = parser.parse_args()
     if args.pr and args.tag:
-        raise UserError("A pull request can't be tagged: tag it when it is merged.")
+        raise UserError("A pull request can't be tagged: tag the commit after it is merged.")
     if args.verify_only and not args.repo:
-        raise UserError("Say what to verify, as REPO=you/model or REPO=you/model@v1.")
-    from datasets import disable_progress_bars  # after the arguments: the imports take seconds
+        raise UserError("Name what to verify, such as REPO=you/model or REPO=you/model@v1.")
+    from datasets import disable_progress_bars  # after parsing, since imports take seconds
     from transformers.utils.logging import disable_progress_bar
 
     from pipeline.publish.connection import connect
@@ -50,7 +50,7 @@ def main() -> None:
         if args.dry_run:
             return
 
-    # Only what passes the verification is tagged.
+    # Tag only a commit that passes verification.
     try:
         images = None if args.full else SAMPLE_SIZE
         commit, checks = verify(repository, commit, images, args.dataset, args.seed)
@@ -65,14 +65,14 @@ def main() -> None:
 
 
 def push(api, args: argparse.Namespace):
-    """Push the model in one commit; return the repository, the commit, and how to go back."""
+    """Push the model in one commit; return the repository, the commit, and rollback advice."""
     from huggingface_hub.utils import disable_progress_bars
 
     from pipeline import runs
     from pipeline.publish import provenance, staging
     from pipeline.publish.hub import Repository
 
-    # Is it allowed?
+    # Check access.
     model = Path(args.model or runs.last_run()).expanduser()
     repository = Repository(api, args.repo or provenance.default_name(api, model))
     account, parent_commit, is_private = repository.check_access(args.private, args.pr)
@@ -81,7 +81,7 @@ def push(api, args: argparse.Namespace):
     print(f"Model:      {model}\nAccount:    {account} at {api.endpoint}")
     print(f"Repository: {url} ({state})")
     with tempfile.TemporaryDirectory() as temporary:
-        # What would change?
+        # Show the changes.
         options = (args.publish_images, args.license, args.code_url, args.dataset)
         folder = staging.stage_model(api, model, name, Path(temporary), *options)
         plan = repository.plan(folder, parent_commit, args.replace)
@@ -101,7 +101,7 @@ def push(api, args: argparse.Namespace):
         if not args.repo:
             confirm(f"Publish as {name}?", args.yes)
 
-        # One commit, or nothing.
+        # Make one atomic commit.
         if sum(file.stat().st_size for file in folder.iterdir()) < LARGE:
             disable_progress_bars()
         plan.parent_commit = parent_commit or repository.create(args.private)
@@ -110,17 +110,17 @@ def push(api, args: argparse.Namespace):
     if args.pr:
         ref = next(ref for ref, sha in repository.refs().items() if sha == commit)
         print(f"Proposed:   {url}/discussions/{ref.removeprefix('refs/pr/')}")
-        return repository, commit, "\nmain is as it was: close the pull request."
+        return repository, commit, "\nmain is unchanged: close the pull request."
     provenance.record_push(model, api.endpoint, name, commit)
-    back = f"It was empty before: `hf repos delete {name}` removes it."
+    back = f"It was empty before: `hf repos delete {name}` deletes it."
     if parent_commit:
         back = (
             f"To go back to {parent_commit[:12]}:\n"
             f"  hf download {name} --revision {parent_commit} --local-dir before\n"
             f'  hf upload {name} before . --delete "*"'
         )
-    return repository, commit, f"\nmain holds {commit[:12]}, not verified and not tagged. {back}"
+    return repository, commit, f"\nmain is now {commit[:12]}, not verified and not tagged. {back}"
 
 
 if __name__ == "__main__":
-    run_main(main, "Stopped. The repository is as it was, or has the whole new commit.")
+    run_main(main, "Stopped. The repository is unchanged, or has the complete new commit.")

@@ -9,23 +9,23 @@ from pipeline.errors import run_main
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", help="a folder, or a Hub id as name@rev (default: the last run)")
-    parser.add_argument("--dataset", help="default: the one it was trained on")
+    parser.add_argument("--dataset", help="default: the dataset the model was trained on")
     parser.add_argument("--images", type=Path, nargs="+", default=[], help="files to draw")
     parser.add_argument("--rows", type=int, nargs="+", default=[], help="test images to draw")
-    parser.add_argument("--layer", type=int, default=-1, help="from 0; -1 is the last")
-    parser.add_argument("--head", type=int, default=0, help="from 0")
-    parser.add_argument("--class", dest="target", help="of the relevance (default: the predicted)")
-    parser.add_argument("--faithfulness", type=int, help="test images (default: 200); 0 for none")
+    parser.add_argument("--layer", type=int, default=-1, help="layer, from 0; -1 is the last")
+    parser.add_argument("--head", type=int, default=0, help="head, from 0")
+    parser.add_argument("--class", dest="target", help="relevance target (default: the predicted)")
+    parser.add_argument("--faithfulness", type=int, help="test images (default: 200); 0 skips it")
     args = parser.parse_args()
 
-    # After the arguments: these take seconds to import.
+    # Imported after parsing, since these imports take seconds.
     from pipeline import plots, runs
     from pipeline.data.loading import load_split
     from pipeline.explain import faithfulness, figures
     from pipeline.recipe import data_arguments
     from pipeline.training.model import load_model
 
-    # Choose the images: files, rows, or typical ones of the test split.
+    # Choose the images: files, rows, or a selection from the test split.
     name = args.model or runs.last_run()
     examples = figures.examples_from_files(args.images)
     model, processor = load_model(name)
@@ -40,7 +40,7 @@ def main() -> None:
             rows = figures.select_rows(model, processor, test, results, hashes)
         examples += figures.examples_from_rows(test, rows)
 
-    # Draw them, in place of the run's old figures.
+    # Draw them and replace the run's old figures.
     files = figures.draw(
         model, processor, examples, folder / "visualizations", args.layer, args.head, args.target
     )
@@ -48,7 +48,7 @@ def main() -> None:
     weights = hashes["model.safetensors"]
     runs.record_files(folder, entries, weights, replace="visualizations")
     runs.link_results(folder, "visualizations")
-    print(f"Drew {len(examples)} images: {len(files)} figures; see {folder}/visualizations.")
+    print(f"Drew {len(files)} figures of {len(examples)} images: {folder}/visualizations.")
 
     if args.faithfulness != 0:
         count = args.faithfulness or min(200, len(test))

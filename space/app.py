@@ -15,19 +15,19 @@ import wording
 from inference import MAX_BYTES, MAX_SHOWN, Classifier, UserError, attention
 from loading import choose_model
 
-FILE = {"path": "cat.png", "url": "cat.png", "meta": {"_type": "gradio.FileData"}}  # of snippets
-RELOAD = '<meta http-equiv="refresh" content="30">'  # seconds, of a page without a model
-TOGETHER = {"concurrency_id": "pictures", "concurrency_limit": 16}  # decoded; the model has a lock
+FILE = {"path": "cat.png", "url": "cat.png", "meta": {"_type": "gradio.FileData"}}  # for snippets
+RELOAD = '<meta http-equiv="refresh" content="30">'  # seconds, while there is no model
+TOGETHER = {"concurrency_id": "pictures", "concurrency_limit": 16}  # for decoding, not the model
 
 
 class Page(gr.Blocks):
-    """Blocks that accept files only as uploads; Gradio itself would download an address."""
+    """Blocks that accept only uploaded files; Gradio itself would download any URL."""
 
     def validate_inputs(self, block_fn, inputs):
         try:
             super().validate_inputs(block_fn, inputs)
         except ValueError:
-            raise UserError("The inputs are not those that the API page describes.") from None
+            raise UserError("The inputs do not match the description on the API page.") from None
         inputs[:] = traverse(inputs, uploaded, is_file_obj_with_meta)
 
 
@@ -36,14 +36,14 @@ def uploaded(file: dict | None) -> dict:
     if file is None:
         raise UserError("Upload a picture or choose an example.")
     path = str(file.get("path")) if isinstance(file, dict) else ""
-    path = path.rpartition("/gradio_api/file=")[2]  # an MCP client gives its address here
+    path = path.rpartition("/gradio_api/file=")[2]  # an MCP client sends the upload's URL
     if "\0" in path or not is_in_or_equal(path, get_upload_folder()):
-        raise UserError("Upload the picture as a file: an address or a path is not read.")
+        raise UserError("Upload the picture as a file: URLs and paths are not accepted.")
     return FILE | {"path": path}
 
 
 def build(classifier: Classifier) -> gr.Blocks:
-    """Build the page of a classifier, with its endpoints."""
+    """Build the page for a classifier, with its endpoints."""
     dataset = Path(classifier.results["dataset"]["name"]).name if classifier.results else "image"
     title = f"{wording.DATASETS.get(dataset, dataset.capitalize())} classifier with attention maps"
     with Page(title=title, delete_cache=(3600, 3600), analytics_enabled=False) as demo:
@@ -86,7 +86,7 @@ def add_components(demo: gr.Blocks, classifier: Classifier) -> None:
     tiles = gr.Gallery(label="All layers", columns=6, elem_id="layers", **gallery)
 
     def show(file, method, layer, head, label, opacity):
-        """Compute all that is shown from the picture and the controls, and from nothing else."""
+        """Compute everything on the page from only the picture and the controls."""
         visible = [gr.update(visible=method in methods) for methods in wording.CONTROL_METHODS]
         try:
             prediction = classifier.predict_file(uploaded(file)["path"])
@@ -112,7 +112,7 @@ def add_components(demo: gr.Blocks, classifier: Classifier) -> None:
     def choose_layer(event: gr.SelectData):
         return event.index
 
-    # A single event, so that the latest of several quick actions decides all that is shown.
+    # A single event, so that the page shows the latest of several quick actions.
     controls = [method, layer, head, label, opacity]
     latest = {"trigger_mode": "always_last", "api_visibility": "private"}
     gr.on(
@@ -121,19 +121,19 @@ def add_components(demo: gr.Blocks, classifier: Classifier) -> None:
         preprocess=False, show_progress="minimal", **latest, **TOGETHER,
     )  # fmt: skip
     samples.select(choose_example, None, picture, queue=False, **latest)
-    # One control after the other: two changes at once would start that event twice.
+    # One control after the other: two changes at once would trigger the event twice.
     chosen = tiles.select(choose_layer, None, layer, queue=False, **latest)
     chosen.then(lambda m: m if m == "head" else "mean", method, method, queue=False, **latest)
 
 
 def add_endpoints(demo: gr.Blocks, classifier: Classifier) -> None:
-    """Add /classify and /explain for programs, which are tools of the MCP server too."""
+    """Add the API endpoints /classify and /explain, which are also tools of the MCP server."""
 
     def classify(image: gr.FileData) -> tuple[dict[str, float], str]:
-        """Return the probability of each class, and a warning for a picture of none of them.
+        """Return the probability of each class, and a warning if the picture fits none of them.
 
         Args:
-            image: An uploaded picture or a data: URL; other addresses are not fetched.
+            image: An uploaded picture or a data: URL; other URLs are not fetched.
         """
         prediction = classifier.predict_file(uploaded(image)["path"])
         return prediction.probs, wording.OOD if classifier.is_ood(prediction) else ""
@@ -142,14 +142,14 @@ def add_endpoints(demo: gr.Blocks, classifier: Classifier) -> None:
         image: gr.FileData, method: Literal[attention.METHODS] = "mean", layer: int = -1,
         head: int = 0, label: str = "",
     ) -> tuple[gr.FileData, list[list[float]], dict[str, float]]:  # fmt: skip
-        """Return the map over the picture, the map in rows of patches, and the probabilities.
+        """Return the map overlaid on the picture, the map's rows of values, and the probabilities.
 
         Args:
-            image: An uploaded picture or a data: URL; other addresses are not fetched.
+            image: An uploaded picture or a data: URL; other URLs are not fetched.
             method: The mean of a layer's heads, one head, attention rollout or class relevance.
-            layer: Counted from 0, or back from -1, the last layer.
-            head: Counted from 0.
-            label: The class that relevance is for; by default the predicted class.
+            layer: The layer, from 0, or from -1 backward.
+            head: The head, from 0.
+            label: The class to explain with relevance; by default the predicted class.
         """
         prediction = classifier.predict_file(uploaded(image)["path"])
         values = classifier.select_map(prediction, method, layer, head, label)
@@ -162,7 +162,7 @@ def add_endpoints(demo: gr.Blocks, classifier: Classifier) -> None:
 
 
 def open_page() -> tuple[gr.Blocks, dict]:
-    """Return the page and how to launch it; without a model, exit, or on the Hub say why there."""
+    """Return the page and its launch options; without a model, exit, or show why on the Hub."""
     try:
         classifier = Classifier(*choose_model())
         return build(classifier), {"allowed_paths": [str(p.parent) for p in classifier.examples]}

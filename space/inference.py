@@ -1,4 +1,4 @@
-"""Predict pictures: decode them safely, classify them, and keep the maps of the last ones."""
+"""Decode pictures safely, classify them, and cache the latest predictions with their maps."""
 
 import hashlib
 import io
@@ -19,28 +19,28 @@ from loading import UserError, attention
 EXAMPLES = sorted((Path(__file__).parent / "examples").glob("*.png"))
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # not EPS, which runs programs
 MAX_BYTES = 20 * 2**20
-MIN_SIDE, MAX_PIXELS = 8, 50_000_000  # 200 MB once decoded
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is a warning
-MAX_DECODED, ONE_LARGE = 2048, Lock()  # longer side; larger ones are shrunk, one at a time
-MAX_SHOWN = 448  # longer side of the picture that maps are laid over
-MAX_CACHED = 64  # predictions, of about 1 MB each
-MIN_AUROC = 0.8  # of OOD detection; below, the page does not mention it
+MIN_SIDE, MAX_PIXELS = 8, 50_000_000  # 200 MB when decoded
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns
+MAX_DECODED, ONE_LARGE = 2048, Lock()  # longer side; larger pictures are shrunk one at a time
+MAX_SHOWN = 448  # longer side of the displayed picture
+MAX_CACHED = 64  # predictions of about 1 MB each
+MIN_AUROC = 0.8  # of OOD detection; below this, the page does not mention it
 
 
 @dataclass
 class Prediction:
-    """What the model computed for one picture."""
+    """The model's output for one picture."""
 
-    picture: Image.Image  # RGB, what the model sees, at most MAX_SHOWN pixels a side
-    pixels: Tensor  # float32 (1, 3, S, S), what the model received
-    probs: dict[str, float]  # by label, the most probable first
+    picture: Image.Image  # RGB, the part that the model sees, at most MAX_SHOWN pixels per side
+    pixels: Tensor  # float32 (1, 3, S, S), the model's input
+    probs: dict[str, float]  # by label, most probable first
     features: Tensor  # float32 (D,), the mean token of the middle layer
-    maps: attention.Maps  # of a batch of one
+    maps: attention.Maps  # for a batch of one
     relevance: dict[int, np.ndarray] = field(default_factory=dict)  # (h, w) by class, on demand
 
 
 class Classifier:
-    """A model with its labels, its commit (None for a folder) and what was measured of it."""
+    """A model with its labels, its commit (None for a folder) and its evaluation results."""
 
     def __init__(self, name: str, revision: str | None = None):
         self.name = name
@@ -55,11 +55,11 @@ class Classifier:
         pixels = self.processor(images, return_tensors="pt")["pixel_values"]
         self.model, self.precision = loading.choose_precision(self.exact, pixels.split(1))
         self.compute = loading.GPU(self.compute) if loading.GPU else self.compute
-        self.lock = Lock()  # the model computes one picture at a time, on all cores
+        self.lock = Lock()  # the model processes one picture at a time, on all cores
         self.cache: dict[bytes, Prediction] = {}  # by the SHA-256 of the file
 
     def predict_file(self, path: str | Path) -> Prediction:
-        """Predict a picture file, or return the prediction of the same content from the cache."""
+        """Predict a picture file, or return the cached prediction for the same content."""
         try:
             data = Path(path).read_bytes()
         except OSError:
@@ -74,7 +74,7 @@ class Classifier:
         return prediction
 
     def predict(self, image: Image.Image) -> Prediction:
-        """Predict an upright RGB image in one forward pass, with all maps but relevance."""
+        """Predict an upright RGB image in one forward pass, with all maps except relevance."""
         pixels = self.processor(image, return_tensors="pt")["pixel_values"]
         if self.processor.do_center_crop:
             share = self.processor.crop_size["height"] / self.processor.size["shortest_edge"]
@@ -87,7 +87,7 @@ class Classifier:
         return Prediction(picture, pixels, probs, features, maps)
 
     def compute(self, pixels: Tensor, number: int | None = None) -> tuple[attention.Maps, Tensor]:
-        """Compute the maps, and the features, with relevance if the number of a class is given."""
+        """Compute the maps and the features, with relevance if a class number is given."""
         model, outputs = (self.model if number is None else self.exact), []
         hook = model.register_forward_hook(lambda model, inputs, output: outputs.append(output))
         pixels = pixels.to(model.device, model.dtype)
@@ -118,7 +118,7 @@ class Classifier:
         return prediction.relevance[number]
 
     def is_ood(self, prediction: Prediction) -> bool:
-        """Return whether a picture is out of distribution; False if that can't be told well."""
+        """Return whether a picture is out of distribution; False if detection is unreliable."""
         with suppress(LookupError, TypeError, ValueError, AttributeError, RuntimeError):
             ood, logits = self.results["ood"], prediction.maps.logits[0].float()
             scores = {"energy": logits.logsumexp(dim=0), "msp": logits.softmax(dim=0).max()}
@@ -132,32 +132,32 @@ class Classifier:
         return False
 
     def best_method(self) -> str:
-        """Return the method that measured most faithful: insertion high, deletion low."""
+        """Return the most faithful method as measured: highest insertion minus deletion AUC."""
         areas = self.faithfulness["methods"] if self.faithfulness else {}
         gains = {m: areas[m]["insertion"]["auc"] - areas[m]["deletion"]["auc"] for m in areas}
         return max(attention.METHODS, key=lambda method: gains.get(method, -2))
 
 
 def open_picture(data: bytes) -> Image.Image:
-    """Decode a file to an upright RGB image, as training does; UserError if it is not accepted."""
+    """Decode a file to an upright RGB image, as in training; UserError if it is not accepted."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(f"The picture has more than {MAX_PIXELS // 10**6} megapixels.")
             if min(image.size) < MIN_SIDE:
                 raise UserError(f"Each side of the picture must have at least {MIN_SIDE} pixels.")
-            image.draft(None, (MAX_DECODED,) * 2)  # of a JPEG, fewer pixels are decoded
+            image.draft(None, (MAX_DECODED,) * 2)  # decodes fewer pixels of a JPEG
             with ONE_LARGE if max(image.size) > MAX_DECODED else nullcontext():
                 ImageOps.exif_transpose(image, in_place=True)
                 if image.mode in ("I", "F"):
                     raise UserError("32-bit gray has no fixed range: convert it to 8 or 16 bits.")
-                if image.mode.startswith("I;16"):  # scaled, where Pillow would clip it
+                if image.mode.startswith("I;16"):  # scaled, since Pillow would clip it
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 image = image if image.mode == "RGB" else image.convert("RGB")
                 image.thumbnail((MAX_DECODED,) * 2)
                 return image.copy()
     except Image.UnidentifiedImageError:
         raise UserError(f"The file is not a picture in {', '.join(FORMATS)} format.") from None
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:  # a UserError too
-        broken = UserError("The picture is damaged or incomplete.")
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:  # or a UserError
+        broken = UserError("The picture is damaged or incomplete: upload another copy.")
         raise error if isinstance(error, UserError) else broken from None

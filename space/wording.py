@@ -1,4 +1,4 @@
-"""The sentences of the page, made from the model, its evaluation results and a prediction."""
+"""The page's text, made from the model, its evaluation results and a prediction."""
 
 import os
 from pathlib import Path
@@ -9,16 +9,16 @@ from jinja2 import Template
 import inference
 from inference import Classifier, Prediction
 
-STATUS = '<p role="status">{}</p>'  # which screen readers announce
+STATUS = '<p role="status">{}</p>'  # announced by screen readers
 DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 OOD = "Probably none of its classes: the picture looks unlike the training images."
-METHODS = {  # by name, and what a map of it shows
-    "mean": ("Layer mean", "Layer {layer}: attention of [CLS] to each patch, mean of all heads."),
+METHODS = {  # the name of each method, and an explanation of its map
+    "mean": ("Layer mean", "Layer {layer}: attention of [CLS] to each patch, mean over all heads."),
     "head": ("Single head", "Layer {layer}, head {head}: attention of [CLS] to each patch."),
     "rollout": ("Rollout", "Attention rollout: the attention of all layers combined."),
-    "relevance": ("Class relevance", "Class relevance: the patches that speak for “{label}”."),
+    "relevance": ("Class relevance", "Class relevance: the patches that support “{label}”."),
 }
-CONTROL_METHODS = (("mean", "head"), ("head",), ("relevance",))  # for layer, head and class
+CONTROL_METHODS = (("mean", "head"), ("head",), ("relevance",))  # that use layer, head and class
 
 
 def render(template: str, classifier: Classifier) -> str:

@@ -423,7 +423,7 @@ def test_a_branchs_name_is_no_tag(api, monkeypatch):
 def test_a_commit_that_fails_verification_says_how_to_go_back(api, hub_server, monkeypatch):
     corrupt = ("GET", "/config.json", "corrupt")
     hub_server.faults.append(corrupt)
-    with pytest.raises(UserError, match=r"main holds \w+, not verified .*`hf repos delete"):
+    with pytest.raises(UserError, match=r"main is now \w+, not verified .*`hf repos delete"):
         push(monkeypatch, "--tag", "v1")
     first = api.model_info(REPO).sha
     record_figure("training_curves.png")

@@ -47,7 +47,7 @@ def test_a_job_that_can_not_work_is_refused_before_it_costs(
 def test_a_dry_run_says_the_price_and_starts_nothing(api, hub_server, monkeypatch, capsys):
     run_script(monkeypatch, run_job.main, *JOB, "--timeout=90m", "--dry_run", "--seed=3")
     text = capsys.readouterr().out
-    assert "$0.01 an hour, at most $0.02 in 90m" in text
+    assert "$0.01 per hour, at most $0.02 in 90m" in text
     assert "make train RECIPE=demo ARGS='--run=demo --seed=3'" in text
     assert MINE not in text
     assert not (hub_server.root / "jobs").exists()

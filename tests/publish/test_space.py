@@ -256,7 +256,7 @@ def test_without_names_the_model_pushed_last_is_shown_and_the_space_recorded(
     def run(*args: str) -> None:
         run_script(monkeypatch, deploy_space.main, *args)
 
-    with pytest.raises(UserError, match="No model was pushed from here"):
+    with pytest.raises(UserError, match="No model was pushed from this folder"):
         run()
     provenance.record_push(MODEL, api.endpoint, SHOWN, api.model_info(SHOWN).sha)
     with pytest.raises(UserError, match=rf"Publish as {SHOWN}\? .* ARGS=--yes"):

@@ -131,7 +131,7 @@ def run_app(folder: Path, **variables: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"MODEL_ID": ""}, "There is no model: train one, or name one in the variable MODEL_ID."),
+        ({"MODEL_ID": ""}, "There is no model: train one, or set the variable MODEL_ID."),
         ({"MODEL_ID": "models/typo"}, 'There is no cached model "models/typo"'),
     ],
 )
@@ -268,9 +268,9 @@ def test_the_endpoints_are_tools_of_an_mcp_server(space_url, classifier):
     assert tools.keys() == {"classify", "explain"}
     assert tools["classify"].description.startswith("Return the probability of each class")
     parameters = tools["explain"].inputSchema["properties"]
-    assert parameters["layer"]["description"] == "Counted from 0, or back from -1, the last layer."
+    assert parameters["layer"]["description"] == "The layer, from 0, or from -1 backward."
     assert parameters["method"]["enum"] == list(attention.METHODS)
-    assert "other addresses are not fetched" in parameters["image"]["description"]
+    assert "other URLs are not fetched" in parameters["image"]["description"]
     assert next(iter(classifier.predict_file(CAT).probs)) in answer.content[0].text
     assert not answer.isError
     assert "Upload the picture as a file" in fetched.content[0].text
@@ -348,8 +348,8 @@ def test_an_address_or_a_path_is_neither_fetched_nor_read(space_url):
     ):
         reply = post(space_url, "classify", {"data": [value]})
         assert "event: error" in reply
-        assert "Upload the picture as a file" in reply or "not those that the API page" in reply
-    assert "not those that the API page" in post(space_url, "classify", {"data": []})
+        assert "Upload the picture as a file" in reply or "do not match the description" in reply
+    assert "do not match the description" in post(space_url, "classify", {"data": []})
     with pytest.raises(HTTPError, match="404"):  # it would skip the queue
         headers = {"Content-Type": "application/json"}
         urlopen(Request(f"{space_url}/gradio_api/run/classify", b'{"data": []}', headers))

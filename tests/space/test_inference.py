@@ -412,7 +412,7 @@ def test_without_the_hub_the_cached_copy_is_used(published, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's attempts
     assert loading.download("me/digits", published)[1] == published
     assert loading.download("me/digits")[1] == published
-    with pytest.raises(UserError, match='no cached model "me/other" .* and the Hub .* not answer'):
+    with pytest.raises(UserError, match='no cached model "me/other" .* and the Hub .* not respond'):
         loading.download("me/other", published)
 
 
