@@ -1,8 +1,8 @@
-"""transformers' image-classification example, as people run it.
+"""transformers' image-classification example, as it is commonly run.
 
 As in its `run_image_classification.py` and its guide, each image is decoded, cropped, flipped and
-normalized by itself in `with_transform`, and the stock `Trainer` trains in float32 with its default
-optimizer, rate and schedule. Crop and flip are those of torchvision, done by Pillow.
+normalized individually in `with_transform`, and the stock `Trainer` trains in float32 with its
+default optimizer, learning rate and schedule. Crop and flip follow torchvision, but use Pillow.
 """
 
 import random
@@ -17,16 +17,16 @@ from pipeline.recipe import ModelArguments
 from pipeline.runs import has_fast_bfloat16
 from pipeline.training.model import build_model, build_processor
 
-# Of the guide. The `Trainer`'s own (8 images, no warm-up) lost what a backbone knew.
+# From the guide. The `Trainer`'s defaults (8 images, no warm-up) destroyed pretrained features.
 GUIDE = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4, "warmup_steps": 0.1}
-# What makes the stock `Trainer` faster at no loss. On a CPU, data workers would share its cores.
+# Lossless speedups of the stock `Trainer`. On a CPU, data workers would share its cores.
 TUNED = {"bf16": True} if has_fast_bfloat16() else {}
 TUNED |= {"torch_compile": True, "dataloader_num_workers": 8} if DEVICE.type != "cpu" else {}
-SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of torchvision's RandomResizedCrop
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # as in torchvision's RandomResizedCrop
 
 
 def build_trainer(dataset: Dataset, model: str, image_size: int, settings: dict) -> Trainer:
-    """Build the stock `Trainer` of a pretrained model on the columns `image` and `label`."""
+    """Build the stock `Trainer` for a pretrained model and the columns `image` and `label`."""
     arguments = ModelArguments(model=model, image_size=image_size, attention="sdpa")
     labels, processor = dataset.features["label"].names, build_processor(arguments)
     args = TrainingArguments(
@@ -55,7 +55,7 @@ def transform(processor, augment: bool = True) -> Callable[[dict], dict]:
 
 
 def random_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Cut out a part of random area and shape, and resize it to `size`, width and height."""
+    """Crop a random area and aspect ratio, and resize it to `size`, (width, height)."""
     width, height = image.size
     for _ in range(10):
         area = width * height * random.uniform(*SCALE)

@@ -1,4 +1,4 @@
-"""The machine's arithmetic limit, and how much arithmetic a model needs."""
+"""The machine's peak FLOP rate, and the FLOPs of a model."""
 
 from functools import lru_cache
 from timeit import timeit
@@ -11,7 +11,7 @@ DEVICE = torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 def matrix_rate(dtype: str, side: int = 256) -> float:
-    """Return the GFLOP/s of the fastest square matrix product: larger ones while they are fast."""
+    """Return the GFLOP/s of the fastest square matrix product, at increasing sizes."""
     matrix = torch.randn(side, side, device=DEVICE).to(getattr(torch, dtype))
     taken = min(timeit(lambda: (matrix @ matrix)[0, 0].item(), number=1) for _ in range(10))
     rate, is_last = 2 * side**3 / taken / 1e9, taken > 0.03 or side == 8192
@@ -20,10 +20,10 @@ def matrix_rate(dtype: str, side: int = 256) -> float:
 
 @lru_cache
 def gflop_per_image(model: str, image_size: int) -> float:
-    """Return 10^9 operations of a forward pass: products, convolutions; a multiply-add is two."""
+    """Return the GFLOPs of a forward pass (products, convolutions); a multiply-add is two."""
     config = AutoConfig.from_pretrained(model, image_size=image_size)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        # Eager, since the counter does not know the fused attention of a CPU.
+        # Eager, since the counter does not support fused attention on a CPU.
         network = AutoModelForImageClassification.from_config(config, attn_implementation="eager")
         network(torch.empty(1, 3, image_size, image_size))
     return counter.get_total_flops() / 1e9

@@ -1,23 +1,23 @@
-"""The results as a table in Markdown and as a figure."""
+"""Render the results as a Markdown table and as a figure."""
 
 from pathlib import Path
 
 from pipeline.plots import BLUE, ORANGE, plt
 
 HEAD = """
-| | GFLOP/s, float32 / bfloat16 | This pipeline | of that | Example | | Tuned example | |
+| | GFLOP/s, float32 / bfloat16 | This pipeline | % of peak | Example | | Tuned example | |
 |:--|--:|--:|--:|--:|--:|--:|--:|"""
 
 
 def ratio(comparison: dict, side: str) -> float | None:
-    """Return how many times better this pipeline is than a side; None if nothing compares."""
+    """Return how many times better this pipeline is than a side; None without a comparison."""
     ours, other = comparison["ours"]["value"], comparison.get(side, {}).get("value")
     if ours and other:
         return other / ours if comparison["unit"] in ("ms", "%") else ours / other
 
 
 def as_table(results: dict[str, dict]) -> str:
-    """Return a table for each machine, dataset and day, with notes on what was compared."""
+    """Return a table for each machine, dataset and date, with notes on the comparisons."""
     tables = {}
     for row in results.values():
         details = [f"{name} {version}" for name, version in row["versions"].items()]
@@ -49,7 +49,7 @@ def _number(value: float | None) -> str:
 
 
 def draw(results: dict[str, dict], path: Path) -> None:
-    """Draw how many times better this pipeline is than the example, where they compare."""
+    """Draw how many times better this pipeline is than the example, for comparable rows."""
     rows = [c for row in results.values() for c in row["comparisons"] if ratio(c, "example")][::-1]
     figure, axes = plt.subplots(figsize=(9, 0.6 * len(rows) + 1.5))
     for side, color, shift in (("example", BLUE, 0.19), ("tuned", ORANGE, -0.19)):

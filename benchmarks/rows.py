@@ -1,4 +1,4 @@
-"""What is measured: one function for each row; its docstring is printed below the table."""
+"""The measurements: one function per row, whose docstring is printed below the table."""
 
 import importlib
 import os
@@ -41,8 +41,8 @@ UNTIMED = ["--eval_strategy=no", "--save_strategy=no", "--load_best_model_at_end
 
 
 def prepare_data(args: Namespace) -> list[dict]:
-    """Ours decodes once to uint8, then resizes and normalizes batches; in the example's
-    `with_transform`, the image processor does it all for each image in each epoch."""
+    """Ours decodes once to uint8, then resizes and normalizes batches. In the example's
+    `with_transform`, the image processor does both for each image in each epoch."""
     raw, processor = load_images(args, "train", 200, 1_000), ViTImageProcessorPil()
     plain = raw.with_transform(example.transform(processor, augment=False))
     batches = 8 * [rows.tolist() for rows in torch.arange(len(raw)).split(50)]
@@ -61,8 +61,8 @@ def prepare_data(args: Namespace) -> list[dict]:
 
 
 def training(args: Namespace) -> list[dict]:
-    """After a warm-up. If bfloat16 is fast, ours and the tuned example have it; on an accelerator,
-    `torch.compile` too. The share counts products by `FlopCounterMode`: three forward passes."""
+    """Timed after a warm-up. Ours and the tuned example use bfloat16 if it is fast, and on an
+    accelerator also `torch.compile`. FLOPs are three forward passes, by `FlopCounterMode`."""
     base = (2, 1) if args.quick else (16, 4) if ON_CPU else (128, 60)
     small = 64, 3 if args.quick else 40
     return [compare_training(args, 224, *base), compare_training(args, 32, *small)]
@@ -85,14 +85,14 @@ def compare_training(args: Namespace, size: int, batch: int, steps: int) -> dict
     sides["example"] = lambda: theirs(settings)
     sides |= {"tuned": lambda: theirs(settings | example.TUNED)} if example.TUNED else {}
     name = f"Train {Path(model).name}, {size} px, batch {batch}"
-    gflop = 3 * gflop_per_image(model, size)  # the backward pass is two forward passes
+    gflop = 3 * gflop_per_image(model, size)  # the backward pass costs two forward passes
     return compare(args, name, sides, batch * steps, gflop=gflop, dtype=DTYPE, timer=timer)
 
 
 def equal_time(args: Namespace) -> list[dict]:
-    """Recipe `cpu`, and without its image_size_schedule; the example at its own image size (in
-    brackets); tuned, at ours. The examples have the guide's settings, and bfloat16 where ours has
-    it. The time includes the data's preparation."""
+    """Recipe `cpu`, with and without its image_size_schedule; the example at its own image size (in
+    parentheses), and tuned at ours. The examples use the guide's settings, and bfloat16 if ours
+    does. The time includes data preparation."""
     model, minutes = args.model or save_vit(98), 0.1 if args.quick else args.minutes
     options = "cpu", model, "--max_steps=1000000", *UNTIMED
     ours, constant = (resolve(args, *options, *o) for o in ([], ["--image_size_schedule=null"]))
@@ -103,7 +103,7 @@ def equal_time(args: Namespace) -> list[dict]:
     sides = {"ours": partial(build_trainer, ours), "constant": partial(build_trainer, constant)}
     sides |= {"example": partial(theirs, own, settings), "tuned": partial(theirs, size, settings)}
     for side, build in sides.items():
-        clock, trainer = Clock(60 * minutes), build()  # the clock first
+        clock, trainer = Clock(60 * minutes), build()  # start the clock first
         schedule = ours.model.image_size_schedule if side == "ours" else {"0": size}
         trainer.progress = partial(clock.share_of_steps, model, schedule)
         trainer.create_optimizer()
@@ -121,7 +121,7 @@ def equal_time(args: Namespace) -> list[dict]:
 
 
 def one_image(args: Namespace) -> list[dict]:
-    """The Space's classifier, attention maps included, and `pipeline()` in float32, on the CPU."""
+    """The Space's classifier with attention maps, and `pipeline()` in float32, on the CPU."""
     sys.path.append(str(ROOT / "space"))
     space, model = importlib.import_module("inference"), save_vit(224)
     ours = space.Classifier(model)
@@ -138,7 +138,7 @@ def one_image(args: Namespace) -> list[dict]:
 
 
 def score_split(args: Namespace) -> list[dict]:
-    """All in float32: ours as `make evaluate`; `pipeline()` one by one; tuned, in batches of 64."""
+    """All in float32: ours as in `make evaluate`; `pipeline()` one by one; tuned, batches of 64."""
     model, size = (args.model, 98) if args.model else (save_vit(32), 32)
     raw, arguments = load_images(args, "test", 256, 2_048), ModelArguments(model, image_size=size)
     build_model(arguments, raw.features["label"].names).save_pretrained("scored")
@@ -154,8 +154,8 @@ def score_split(args: Namespace) -> list[dict]:
 
 
 def memory(args: Namespace) -> list[dict]:
-    """Most memory that `train_vit.py` and its children hold together, decoding included. Mapped
-    files are left out: the kernel takes their pages back as it needs them. Linux only."""
+    """Peak memory of `train_vit.py` and its child processes, including decoding. Mapped files do
+    not count, since the kernel reclaims their pages when needed. Linux only."""
     part, model, comparisons = load_images(args, "train", 1_000, 10_000), save_vit(32), []
     for copies in (1, 5 if args.quick else 100):
         data, peak = Path(f"copies-{copies}").resolve(), 0
@@ -167,7 +167,7 @@ def memory(args: Namespace) -> list[dict]:
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         process = psutil.Popen(command, env=variables, **quiet)
         while process.poll() is None:
-            with suppress(psutil.Error):  # a process has ended meanwhile
+            with suppress(psutil.Error):  # a process may have ended
                 maps = [m for p in (process, *process.children(True)) for m in p.memory_maps()]
                 peak = max(peak, sum(m.pss for m in maps if not m.path.startswith("/")) / 2**20)
             time.sleep(0.1)
@@ -179,8 +179,8 @@ def memory(args: Namespace) -> list[dict]:
 
 
 def recipe(args: Namespace) -> list[dict]:
-    """From decoding to the saved model, and its accuracy on the test split with the 95 % interval
-    of the mean, over three seeds. Without `--model`, of an untrained ViT-B/16."""
+    """Time from decoding to the saved model, and mean test accuracy with its 95 % interval, over
+    three seeds. Without `--model`, the backbone is an untrained ViT-B/16."""
     quick = ["--image_size=32", "--max_steps=2"] if args.quick else []
     model, minutes, accuracies = args.model or save_vit(32 if quick else 224), [], []
     for seed in range(3):
@@ -197,15 +197,15 @@ def recipe(args: Namespace) -> list[dict]:
 
 ROWS = prepare_data, training, equal_time, one_image, score_split, memory, recipe
 ROWS = {row.__name__.replace("_", "-"): row for row in ROWS}
-LONG = ["recipe"] if ON_CPU else []  # days without an accelerator
+LONG = ["recipe"] if ON_CPU else []  # takes days without an accelerator
 
 
 def compare(
     args: Namespace, name: str, sides: dict[str, Callable], images: int, *, unit="images/s",
     gflop=0.0, dtype="float32", timer: Callable[[Callable], float] = partial(timeit, number=1),  # noqa: B008
 ) -> dict:  # fmt: skip
-    """Time sides that take `images` each, in turn, so that a machine that slows down slows all.
-    `gflop`, 10^9 operations of an image in `dtype`, gives our share of the machine's limit."""
+    """Time the sides, each on `images`, in turn, so that a slowdown of the machine affects all.
+    `gflop`, the GFLOPs per image in `dtype`, gives our share of the machine's peak rate."""
     taken = {side: [] for side in sides}
     for _ in range(1 if args.quick else 3):
         for side, function in sides.items():
@@ -223,31 +223,31 @@ def load_images(args: Namespace, split: str, quick: int = 10**9, most: int = 10*
 
 
 def resolve(args: Namespace, name: str, model: str | None, *options: str, **run: str) -> Recipe:
-    """Load a recipe for the dataset that is measured, and a model unless that is the recipe's."""
+    """Load a recipe for the benchmark's dataset, and for a model if it is not the recipe's."""
     given = [f"--dataset={args.dataset}"] + [f"--model={model}"] * bool(model)
     return load_recipe(name, [*given, *options], **run)
 
 
 def save_vit(size: int) -> str:
-    """Save an untrained ViT, as fast as a trained one: ViT-B/16 at 224 px, or one of 2.7 M."""
+    """Save an untrained ViT, as fast as a trained one: ViT-B/16 at 224 px, or 2.7 M parameters."""
     folder = Path("ViT-B-16" if size == 224 else "ViT-2.7M").resolve()
     small = SMALL | {"patch_size": 14 if size == 98 else 4} if size < 224 else {}
     config = transformers.ViTConfig(num_labels=10, image_size=size, **small)
     network = transformers.ViTForImageClassification(config)
-    network.classifier.bias.data[0] = 3  # a class that is predicted as clearly as a trained one is
+    network.classifier.bias.data[0] = 3  # makes predictions as clear as those of a trained model
     network.save_pretrained(folder)
     ViTImageProcessorPil(size={"height": size, "width": size}).save_pretrained(folder)
     return str(folder)
 
 
 def summarize(values: list[float], interval: list[float] | None = None) -> dict:
-    """Return the median `value` and its range, a 95 % interval or else the least and the most."""
+    """Return the median `value` and its range: a 95 % interval, or else minimum and maximum."""
     low, high = interval or (min(values), max(values))
     return {"value": statistics.median(values), "low": low, "high": high, "runs": len(values)}
 
 
 class Clock(transformers.TrainerCallback):
-    """Notes when each step of a training ended, and stops it when the time is over."""
+    """Record when each training step ended, and stop when the time is over."""
 
     def __init__(self, seconds: float = float("inf")):
         self.times, self.seconds = [time.monotonic()], seconds
@@ -262,14 +262,14 @@ class Clock(transformers.TrainerCallback):
         control.should_training_stop |= self.share_spent() == 1
 
     def share_of_steps(self, model: str, schedule: dict[str, int]) -> float:
-        """Return the share of the steps that are done, where a step takes as long as its size."""
+        """Return the share of steps done, where a step's time is proportional to its FLOPs."""
         starts = [*map(float, schedule), 1.0]
         times = [gflop_per_image(model, size) for size in schedule.values()] * np.diff(starts)
         return float(np.interp(self.share_spent() * times.sum(), [0, *times.cumsum()], starts))
 
 
 def learning_rate(trainer: transformers.Trainer) -> Callable[[int], float]:
-    """Return the schedule of the learning rate, over a trainer's progress in place of steps."""
+    """Return a learning-rate schedule over a trainer's progress instead of its steps."""
     args, optimizer = trainer.args, torch.optim.SGD([torch.zeros(1)])
     warmup = args.get_warmup_steps(1000)
     schedule = transformers.get_scheduler(args.lr_scheduler_type, optimizer, warmup, 1000)

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on loopback, to rehearse publishing, for air-gapped use and for tests."""
+"""A local Hugging Face Hub on loopback, for rehearsing a push, offline use and tests."""
 
 from local_hub.app import LocalHub as LocalHub
 from local_hub.repository import Repository as Repository

@@ -1,4 +1,4 @@
-"""Start a local Hub, or run one command against it."""
+"""Start a local Hub, or run a command with it."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ from local_hub import LocalHub, Repository
 from local_hub.repository import ID_PATTERN
 
 OTHER_HUBS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE")
-# What clients need to use it, if it is set before they import huggingface_hub.
+# Variables that make clients use it, if set before they import huggingface_hub.
 VARIABLES = dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost") | {
     "HF_ENDPOINT": "{url}",
     "HF_TOKEN_PATH": "{root}/token",
@@ -27,15 +27,15 @@ VARIABLES = dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost") | {
 def main() -> None:
     parser = argparse.ArgumentParser("python -m local_hub", description=__doc__)
     option = parser.add_argument
-    option("--root", type=Path, default=Path("hub"), help="folder to keep it in")
+    option("--root", type=Path, default=Path("hub"), help="folder for the Hub's data")
     option("--port", type=int, default=8787)
-    option("--user", default="me", help="whose the first token is")
-    add = "add a repository with the files of a folder, unless it exists"
+    option("--user", default="me", help="owner of the first token")
+    add = "add a repository with a folder's files, unless it exists"
     option("--add", action="append", default=[], metavar="KIND/OWNER/NAME=FOLDER", help=add)
-    run = "run the command that follows against it on a free port, then stop"
+    run = "run the following command with a Hub on a free port, then stop"
     option("--run", nargs=argparse.REMAINDER, help=run)
     args = parser.parse_args()
-    os.umask(0o077)  # the token is its user's
+    os.umask(0o077)  # only the user may read the token
     root = args.root.absolute()
     root.mkdir(parents=True, exist_ok=True)
     if not (root / "tokens.json").exists():
@@ -45,7 +45,7 @@ def main() -> None:
     for item in args.add:
         target, _, folder = item.partition("=")
         if not ID_PATTERN.fullmatch(target) or not Path(folder).is_dir():
-            parser.error(f"--add={item} is not KIND/OWNER/NAME=FOLDER with an existing folder")
+            parser.error(f"--add={item}: use KIND/OWNER/NAME=FOLDER with an existing folder")
         repo = Repository(root, *target.split("/", 1))
         if not repo.state:
             repo.create()
@@ -60,7 +60,7 @@ def main() -> None:
     if args.run:
         others = {name: value for name, value in os.environ.items() if name not in OTHER_HUBS}
         sys.exit(subprocess.run(args.run, env=others | variables).returncode)
-    print(f"A Hub in {root}, until Ctrl-C. In the shell that uses it:\n  unset HF_TOKEN")
+    print(f"The Hub in {root} runs until Ctrl-C. To use it in a shell:\n  unset HF_TOKEN")
     print("\n".join(f"  export {key}={value}" for key, value in variables.items()), flush=True)
     try:
         hub.thread.join()

@@ -1,4 +1,4 @@
-"""The local Hub: its server, and its replies, as huggingface_hub asks for them."""
+"""The local Hub: its server, and its responses to huggingface_hub."""
 
 import hashlib
 import json
@@ -27,14 +27,14 @@ MALFORMED = (KeyError, TypeError, ValueError, AttributeError)
 
 
 class LocalHub(uvicorn.Server):
-    """A Hub whose repositories lie in the folder `root`; it answers on 127.0.0.1 only.
+    """A Hub that stores its repositories in the folder `root` and listens only on 127.0.0.1.
 
-    `tokens` has for each token its user's {"name", "role": "read" or "write", "orgs": [names]}.
+    `tokens` maps each token to its user: {"name", "role": "read" or "write", "orgs": [names]}.
     """
 
     def __init__(self, root: Path, tokens: dict, port: int = 0):
         self.root, self.tokens = root.absolute(), tokens
-        self.uploads: dict[str, Path] = {}  # where a large file goes, by the key in an address
+        self.uploads: dict[str, Path] = {}  # the target of a large file, by the key in its URL
         listener = socket.create_server(("127.0.0.1", port))
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self.origins = {self.url, self.url.replace("127.0.0.1", "localhost")}
@@ -44,7 +44,7 @@ class LocalHub(uvicorn.Server):
         self.thread = threading.Thread(target=self.run, args=([listener],), daemon=True)
 
     def start(self) -> None:
-        """Serve in a thread of its own; return when connections are accepted."""
+        """Serve in a separate thread; return when connections are accepted."""
         self.thread.start()
         while not self.started:
             time.sleep(0.001)
@@ -54,15 +54,15 @@ class LocalHub(uvicorn.Server):
         self.thread.join()
 
     async def answer(self, scope, receive, send) -> None:
-        """Answer a request (ASGI): without a pause, so that no two change something together."""
+        """Answer an ASGI request without awaiting in between, so that requests can't interfere."""
         request = Request(scope, receive)
         try:
-            host = f"http://{request.headers.get('host')}"  # a page from elsewhere has another
+            host = f"http://{request.headers.get('host')}"  # differs for a foreign web page
             is_own = {host, request.headers.get("origin", host)} <= self.origins
-            require(is_own, 403, "The local Hub serves itself only.")
+            require(is_own, 403, "The local Hub only accepts requests for its own address.")
             reply = Call(self, request, await request.body()).route()
             reply = reply if isinstance(reply, Response) else JSONResponse(reply)
-        except Exception as error:  # becomes a reply that huggingface_hub understands
+        except Exception as error:  # converted to a response that huggingface_hub understands
             status, message = 400 if isinstance(error, MALFORMED) else 500, f"Invalid: {error!r}"
             if isinstance(error, HTTPException):
                 status, message = error.status_code, error.detail
@@ -73,7 +73,7 @@ class LocalHub(uvicorn.Server):
 
 
 class Call:
-    """One request, and its user; `route` gives the reply, or what becomes JSON."""
+    """One request and its user; `route` returns the response, or its content for JSON."""
 
     def __init__(self, hub: LocalHub, request: Request, body: bytes):
         self.hub, self.request, self.query, self.body = hub, request, request.query_params, body
@@ -86,10 +86,10 @@ class Call:
         return json.loads(self.body)
 
     def require_write(self, owner: str | None = None) -> None:
-        """Raise an error unless the user may write: to what `owner` has, or else at all."""
+        """Raise an error unless the user may write to `owner`'s repositories, or to any."""
         require(self.user["role"], 401, "Invalid username or password.")
         is_owner = owner in (None, self.user["name"], *self.user["orgs"])
-        message = f"This token has no right to write to {owner or 'any'} repositories."
+        message = f"This token has no write access to {owner or 'any'} repositories."
         require(is_owner and self.user["role"] == "write", 403, message)
 
     def find(self, kind: str, name: list[str]) -> Repository:
@@ -116,13 +116,13 @@ class Call:
                 return JSONResponse({"errors": errors, "warnings": []}, 400 if errors else 200)
             case "PUT", "lfs", key:
                 digest = hashlib.sha256(self.body).hexdigest()
-                require(key in self.hub.uploads, 403, "Nobody was given this address")
-                require(digest == self.hub.uploads[key].name, 400, "The content has another sha256")
+                require(key in self.hub.uploads, 403, "This upload URL is not valid")
+                require(digest == self.hub.uploads[key].name, 400, "The content's sha256 differs")
                 return self.hub.uploads[key].write_bytes(self.body)
             case "POST", "lfs", key, "verify":
                 file = self.hub.uploads[key]
                 whole = file.is_file() and file.stat().st_size == self.json["size"]
-                return require(whole, 400, f"There is no object {file.name} of that size")
+                return require(whole, 400, f"There is no object {file.name} with that size")
             case method, "api", "models" | "datasets" | "spaces" as kind, *rest:
                 return self.route_api(self.find(kind, rest[:2]), method, *rest[2:])
             case method, "api", "jobs" | "buckets" as kind, *rest:
@@ -149,7 +149,7 @@ class Call:
         return reply
 
     def route_files(self, repo: Repository, method: str, *path: str) -> object:
-        """Reply with a file, or with addresses to send large files to."""
+        """Respond with a file, or with URLs for uploading large files."""
         match method, *path:
             case "GET" | "HEAD", "resolve", revision, *parts:
                 commit = repo.resolve(revision)
@@ -170,7 +170,7 @@ class Call:
         raise HTTPException(404, "Not found")
 
     def route_api(self, repo: Repository, method: str, *path: str) -> object:
-        """Reply to a call of a repository's API."""
+        """Respond to a call of a repository's API."""
         refs, variables = repo.state["refs"], repo.state["variables"]
         match method, *path:
             case ("GET",) | ("GET", "revision", _):
@@ -201,7 +201,7 @@ class Call:
         self.require_write(repo.owner)
         match method, *path:
             case ("GET", "auth-check", "write") | ("POST", "secrets"):
-                return None  # nothing runs here that could use a secret
+                return None  # nothing runs here, so secrets are not stored
             case "POST", "variables":
                 variables[self.json["key"]] = self.json
             case "DELETE", "variables":
@@ -220,7 +220,7 @@ class Call:
         return variables
 
     def list_page(self, repo: Repository, commit: str, path: str) -> Response:
-        """Reply with a part of the entries below a folder, and the address of the next part."""
+        """Respond with a page of the entries below a folder, and the URL of the next page."""
         entries = [*repo.tree(commit, path, self.query.get("recursive") in TRUE).values()]
         require(entries or not path, 404, f"There is no {path}", "EntryNotFound")
         end = int(self.query.get("cursor", 0)) + PAGE
@@ -231,7 +231,7 @@ class Call:
         return JSONResponse(page, headers={"Link": link} if end < len(entries) else {})
 
     def commit(self, repo: Repository, revision: str) -> dict:
-        """Make a commit, or a pull request, which anybody may who may write at all."""
+        """Make a commit, or a pull request, for which any write access is enough."""
         is_proposed = self.query.get("create_pr") in TRUE
         self.require_write(None if is_proposed else repo.owner)
         header, *lines = [json.loads(line) for line in self.body.splitlines()]
@@ -249,7 +249,7 @@ class Call:
 
 
 def card_errors(card: str) -> list[str]:
-    """Return what the Hub would refuse in a card's metadata, as far as it is known here."""
+    """Return the errors that the Hub would find in a card's metadata, as far as known here."""
     try:
         metadata = ModelCard(card).data.to_dict()
     except (ValueError, TypeError, yaml.YAMLError) as error:

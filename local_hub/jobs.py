@@ -1,4 +1,4 @@
-"""Jobs and buckets of the local Hub: recorded in `root/jobs` and `root/buckets`, not run."""
+"""Jobs and buckets of the local Hub: recorded in `root/jobs` and `root/buckets`, but not run."""
 
 import json
 import secrets
@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 
 from local_hub.repository import require
 
-HARDWARE = {  # three of the real Hub's, and what they cost there in dollars a minute
+HARDWARE = {  # three machines of the real Hub, with their price in US dollars per minute
     "cpu-basic": ("2 vCPU", "16 GB", None, 0.000167),
     "t4-small": ("4 vCPU", "15 GB", "T4", 0.006667),
     "a10g-small": ("4 vCPU", "15 GB", "A10G", 0.016667),
@@ -16,9 +16,9 @@ HARDWARE = {  # three of the real Hub's, and what they cost there in dollars a m
 
 
 def answer(call, method: str, *path: str) -> object:
-    """Reply to what `HfApi.run_job`, `fetch_job_logs` and `create_bucket` send: see `app.Call`.
+    """Respond to `HfApi.run_job`, `fetch_job_logs` and `create_bucket`; `call` is an `app.Call`.
 
-    Whoever runs a recorded job writes its log to `<id>.log` and its end to `status` in `<id>.json`.
+    To simulate a run, write a job's log to `<id>.log` and its final `status` in `<id>.json`.
     """
     match method, *path:
         case "GET", "jobs", "hardware":
@@ -30,7 +30,7 @@ def answer(call, method: str, *path: str) -> object:
             job = {"id": secrets.token_hex(12), "status": {"stage": "SCHEDULING"}, **body}
             job["owner"] = {"id": owner, "name": owner, "type": "user"}
             folder = call.hub.root / "jobs" / owner
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # a job has a token
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # a job contains a token
             (folder / f"{job['id']}.json").write_text(json.dumps(job, indent=1))
             return public(job)
         case "GET", "jobs", owner, job, *what:

@@ -1,6 +1,6 @@
 """Repositories of the local Hub: refs and commits in a JSON file, contents in files named by hash.
 
-Small files have git's hash, large ones (LFS) their SHA-256, as on the Hub.
+Small files are named by their git hash and large ones (LFS) by their SHA-256, as on the Hub.
 """
 
 import base64
@@ -28,7 +28,7 @@ POINTER_PATTERN = re.compile(POINTER.format("([0-9a-f]{64})", r"\d+").encode())
 
 
 def require(condition: object, status: int, message: str, code: str = "", **headers: str) -> None:
-    """Raise an error reply unless a condition holds; `code` is the Hub's X-Error-Code."""
+    """Raise an error response unless a condition holds; `code` is the Hub's X-Error-Code."""
     if not condition:
         raise HTTPException(status, message, headers | ({"X-Error-Code": code} if code else {}))
 
@@ -43,8 +43,8 @@ class Repository:
     def __init__(self, root: Path, kind: str, name: str):
         self.kind, self.name, self.owner, self.id = kind, name, name.split("/")[0], f"{kind}/{name}"
         self.folder, self.state = root.absolute() / self.id, None
-        self.page = self.id.removeprefix("models/")  # its address
-        self.objects = self.folder / "objects"  # each has its own: no other gives them away
+        self.page = self.id.removeprefix("models/")  # its URL path
+        self.objects = self.folder / "objects"  # per repository, so that private files can't leak
         if ID_PATTERN.fullmatch(self.id):
             with suppress(FileNotFoundError):
                 self.state = json.loads((self.folder / "hub.json").read_bytes())
@@ -54,9 +54,9 @@ class Repository:
         (self.folder / "new.json").replace(self.folder / "hub.json")
 
     def create(self, private: bool = False, sdk: str | None = None, variables: dict | None = None):
-        """Make it, with a first commit that says which files are large, as the Hub does."""
+        """Create it with a first commit that lists the LFS file types, as the Hub does."""
         require(ID_PATTERN.fullmatch(self.id), 400, f"Invalid repository name: {self.id}")
-        shutil.rmtree(self.folder, ignore_errors=True)  # the rest of an interrupted creation
+        shutil.rmtree(self.folder, ignore_errors=True)  # left by an interrupted creation
         self.objects.mkdir(parents=True)
         self.state = {"private": private, "sdk": sdk, "variables": variables or {}}
         self.state |= {"refs": {}, "commits": {}}
@@ -71,7 +71,7 @@ class Repository:
         self.commit(MAIN, f"Add {folder.name}", changes, self.resolve(MAIN))
 
     def add_file(self, path: str, content: bytes) -> dict:
-        """Keep the content of a file; return the file as the API gives it."""
+        """Store the content of a file; return its entry in the API's format."""
         is_large = is_lfs(path, len(content))
         oid = hashlib.sha256(content).hexdigest() if is_large else git_hash(content)
         (self.objects / oid).write_bytes(content)
@@ -79,28 +79,28 @@ class Repository:
         return self.large_file(path, oid) if is_large else small
 
     def large_file(self, path: str, oid: str) -> dict:
-        """Return a large file, which was uploaded to this repository, as the API gives it."""
+        """Return the entry of an uploaded large file in the API's format."""
         require(self.holds(oid), 400, f"The LFS object {oid} was not uploaded to this repository")
         size = (self.objects / oid).stat().st_size
-        pointer = POINTER.format(oid, size).encode()  # what git has in its place
+        pointer = POINTER.format(oid, size).encode()  # stored in git in its place
         lfs = {"oid": oid, "sha256": oid, "size": size, "pointerSize": len(pointer)}
         return {"type": "file", "oid": git_hash(pointer), "size": size, "path": path, "lfs": lfs}
 
     def holds(self, oid: str) -> bool:
-        """Return whether a large file is here, undamaged."""
-        require(re.fullmatch("[0-9a-f]{64}", oid), 400, f"{oid} is no SHA-256")
+        """Return whether an undamaged large file is stored here."""
+        require(re.fullmatch("[0-9a-f]{64}", oid), 400, f"{oid} is not a SHA-256")
         with suppress(FileNotFoundError), open(self.objects / oid, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() == oid
         return False
 
     def preupload(self, known: dict[str, str], path: str, size: int, **others: str) -> dict:
-        """Return how a file is to be sent; `oid` is its hash here if it is known and undamaged."""
+        """Return how to upload a file; `oid` is its stored hash if it is known and undamaged."""
         oid, mode = known.get(path), "lfs" if is_lfs(path, size) else "regular"
         oid = oid if oid and (len(oid) == 40 or self.holds(oid)) else None
         return {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid}
 
     def read_change(self, key: str, value: dict) -> tuple[str, dict | None]:
-        """Return path and file (None: deleted) of a line of a commit request."""
+        """Return path and file (None if deleted) from a line of a commit request."""
         path = value["path"].rstrip("/")
         allowed = not {"", ".", "..", ".git"} & {*path.lower().split("/")}
         require(
@@ -116,7 +116,7 @@ class Repository:
         return path, self.add_file(path, content)
 
     def commit(self, ref: str, title: str, changes: dict, parent="", text="", user="hub") -> str:
-        """Write {path: file, or None to delete it} as one commit, and return its hash."""
+        """Commit {path: file, or None to delete it}, and return the commit's hash."""
         files = self.files(parent)
         for path, file in changes.items():
             for replaced in self.files(parent, path):
@@ -131,7 +131,7 @@ class Repository:
         return oid
 
     def add_ref(self, ref: str, revision: str) -> None:
-        require(REF.fullmatch(ref), 400, f"{ref} is no valid name")
+        require(REF.fullmatch(ref), 400, f"{ref} is not a valid name")
         require(ref not in self.state["refs"], 409, f"Reference {ref} already exists")
         self.state["refs"][ref] = self.resolve(revision)
 
@@ -145,13 +145,13 @@ class Repository:
         return hits[0]
 
     def refs(self, kind: str) -> list[dict]:
-        """Return the refs of a kind ("heads", "tags", "pr"), as the API gives them."""
+        """Return the refs of a kind ("heads", "tags", "pr") in the API's format."""
         start, refs = f"refs/{kind}/", self.state["refs"]
         names = [ref.removeprefix(start) for ref in refs if ref.startswith(start)]
         return [{"name": n, "ref": start + n, "targetCommit": refs[start + n]} for n in names]
 
     def log(self, commit: str, path: str = "") -> list[dict]:
-        """Return the commits behind `commit` that changed `path`, the latest first."""
+        """Return the commits up to `commit` that changed `path`, latest first."""
         commits = []
         while commit:
             entry = self.state["commits"][commit]
@@ -161,13 +161,13 @@ class Repository:
         return commits
 
     def files(self, commit: str, path: str = "") -> dict[str, dict]:
-        """Return the files of a commit ("": no commit) at or below a path, by path."""
+        """Return the files of a commit ("" for none) at or below a path, by path."""
         files = self.state["commits"][commit]["files"] if commit else {}
         start = f"{path}/" if path else ""
         return {name: file for name, file in files.items() if f"{name}/".startswith(start)}
 
     def tree(self, commit: str, path: str = "", recursive: bool = True) -> dict[str, dict]:
-        """Return the entries below a folder by their paths, as the API gives them."""
+        """Return the entries below a folder by path, in the API's format."""
         entries, start = self.files(commit, path), f"{path}/" if path else ""
         for folder in {str(f) for name in entries for f in PurePosixPath(name).parents} - {"."}:
             oid = git_hash(json.dumps(self.files(commit, folder)).encode())
@@ -178,20 +178,20 @@ class Repository:
         return {name: entries[name] for name in below if recursive or "/" not in below[name]}
 
     def file(self, commit: str, path: str) -> tuple[Path, str]:
-        """Return where the content of a file lies, and its hash."""
+        """Return the path of a file's content, and its hash."""
         file, headers = self.files(commit, path).get(path), {"X-Repo-Commit": commit}
         require(file, 404, f"{path} does not exist", "EntryNotFound", **headers)
         oid = file.get("lfs", file)["oid"]
         return self.objects / oid, oid
 
     def info(self, commit: str) -> dict:
-        """Return what the API says of it."""
+        """Return the repository's entry in the API's format."""
         files, data = self.files(commit), {}
         with suppress(
             HTTPException, ValueError, TypeError, yaml.YAMLError
-        ):  # no card, or a bad one
+        ):  # a missing or malformed card
             card = RepoCard(self.file(commit, "README.md")[0].read_text(errors="replace"))
-            text = json.dumps(card.data.to_dict(), default=str)  # dates become text, and NaN null
+            text = json.dumps(card.data.to_dict(), default=str)  # dates become text; NaN, null
             data = json.loads(text, parse_constant=lambda name: None)
         siblings = [f | {"rfilename": path, "blobId": f["oid"]} for path, f in files.items()]
         info = {"id": self.name, "sha": commit, "lastModified": self.log(commit)[0]["date"]}
@@ -200,7 +200,7 @@ class Repository:
         return info | {key: data.get(key) for key in ("pipeline_tag", "library_name")}
 
     def runtime(self) -> dict:
-        """Return the state of a Space: it is kept here, not run."""
+        """Return the state of a Space, which is stored but not run."""
         commit, hardware = self.resolve(MAIN), {"current": None, "requested": "cpu-basic"}
         stage = "STOPPED" if "app.py" in self.files(commit) else "NO_APP_FILE"
         return {"stage": stage, "sha": commit, "hardware": hardware}
