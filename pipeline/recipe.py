@@ -47,12 +47,12 @@ class DataArguments:
     train_split: str = HfArg(default="train", help="the split to train on")
     test_split: str = HfArg(default="test", help="the split to evaluate; default: 20 % of train")
     validation_split: str | None = HfArg(default=None, help="the split to pick the checkpoint by")
-    validation_size: float = HfArg(default=0.05, help="share of train used without that split")
+    validation_size: float = HfArg(default=0.05, help="share of train to split off for validation")
     max_train_samples: int | None = HfArg(
         default=None, help="train on only this many images, with the same share of each class"
     )
     skip_corrupt: bool = HfArg(default=False, help="skip images that can't be decoded")
-    streaming: bool = HfArg(default=False, help="read images while training, without storing")
+    streaming: bool = HfArg(default=False, help="read images while training; store none")
     num_proc: int | None = HfArg(
         default=None, help="processes that decode images (threads if streaming)"
     )
@@ -245,7 +245,7 @@ def load_settings(model: str) -> dict | None:
 
 
 def data_arguments(model: str, dataset: str | None = None) -> DataArguments:
-    """Return the data arguments from a model's recipe, with `dataset` in place of its dataset.
+    """Return the data arguments of a model's recipe, with `dataset`, if given, as the dataset.
 
     Raises:
         UserError: There is neither a recipe nor a dataset.

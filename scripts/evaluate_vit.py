@@ -10,7 +10,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", help="a folder, or a Hub id as name@rev (default: the last run)")
     parser.add_argument("--dataset", help="default: the dataset the model was trained on")
-    parser.add_argument("--batch_size", type=int, default=128, help="images per process")
+    parser.add_argument("--batch_size", type=int, default=128, help="batch size per process")
     parser.add_argument("--bf16", action="store_true", help="a faster estimate in bfloat16")
     parser.add_argument(
         "--corruptions", type=int, nargs="?", const=1000, default=0,

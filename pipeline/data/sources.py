@@ -83,7 +83,7 @@ def _load_folder(root: Path, data: DataArguments) -> dict:
     if {"configs", "dataset_info"} & settings.keys():
         return _load_published(str(root), data)
     if data.dataset_config is not None:
-        raise UserError(f'"{root}" has no configurations: leave out --dataset_config.')
+        raise UserError(f'"{root}" has no configurations: remove --dataset_config.')
     if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(str(root))
         return saved if isinstance(saved, DatasetDict) else {"train": saved}
@@ -165,7 +165,7 @@ def _numbers_differ(paths: list[str]) -> bool:
 
 
 def _check_all_used(name: str, files: dict[str, list[str]]) -> None:
-    """Raise UserError if `datasets` leaves out images that lie beside those it loads."""
+    """Raise UserError if `datasets` skips images that are next to those it loads."""
 
     def place(path: str) -> tuple:  # the class folder's; the README's figures are elsewhere
         return Path(path).parts[:-2], len(Path(path).parts)

@@ -18,7 +18,7 @@ COARSE = 8  # pixels, side of the color images used to find candidates
 NEIGHBORS = 5  # candidates for each image
 REACH = 4  # maximum shift of a duplicate, in thumbnail pixels
 CORRELATION = 0.9  # minimum for near-duplicates
-BLOCK = 2048  # images or pairs at once
+BLOCK = 2048  # images or pairs per batch
 
 
 def near_duplicates(
