@@ -61,10 +61,10 @@ def audit(
     whole = datasets.concatenate_datasets(parts).cast_column("image", datasets.Image(decode=False))
     table, thumbnails = _inspect(whole, source)
     readable = np.flatnonzero(~table["unreadable"])
-    features, found = None, []
+    features, found, agreement = None, [], None
     if model:
         features = _embed(whole.select(readable), model, image_size, source.names)
-        found = label_errors(features, table["code"].to_numpy()[readable])
+        found, agreement = label_errors(features, table["code"].to_numpy()[readable])
     pairs, correlations = near_duplicates(thumbnails[readable], features)
     first = pd.Series(readable).groupby(table["hash"].to_numpy()[readable]).transform("first")
     exact = np.stack([first, readable], axis=1)[first != readable]
@@ -86,6 +86,7 @@ def audit(
         "near_duplicates": near,
         "near_duplicates_by_split": Counter(" and ".join(sorted({*p["splits"]})) for p in near),
         "label_errors": errors,
+        "label_agreement": agreement,
     }
 
     def sheet(entries: list[dict]) -> list[tuple[str, Image.Image]]:
@@ -104,7 +105,7 @@ def audit(
     }
 
 
-def label_errors(features: Tensor, codes: np.ndarray) -> list[tuple[int, int, float]]:
+def label_errors(features: Tensor, codes: np.ndarray) -> tuple[list[tuple[int, int, float]], float]:
     """Find likely label errors by two-fold cross-validation, the most likely first.
 
     Args:
@@ -112,7 +113,8 @@ def label_errors(features: Tensor, codes: np.ndarray) -> list[tuple[int, int, fl
         codes: Class numbers (N,); negative numbers mean no label.
 
     Returns:
-        Each error's row, its most likely class, and the probability of its given label.
+        Each error's row, its most likely class, and the probability of its given label; and the
+        share of the labels that the features predict, without which the errors mean little.
     """
     try:
         from cleanlab.filter import find_label_issues  # optional
@@ -127,7 +129,8 @@ def label_errors(features: Tensor, codes: np.ndarray) -> list[tuple[int, int, fl
     probs = cross_val_predict(model, features[rows].numpy(), labels, **options)  # (N, C)
     found = find_label_issues(labels, probs, return_indices_ranked_by="self_confidence", n_jobs=1)
     best = classes[probs.argmax(axis=1)]
-    return [(int(rows[i]), int(best[i]), float(probs[i, labels[i]])) for i in found]
+    agreement = float((best == codes[rows]).mean())
+    return [(int(rows[i]), int(best[i]), float(probs[i, labels[i]])) for i in found], agreement
 
 
 def duplicate_rows(source: Source, split: str) -> list[int] | None:
@@ -159,7 +162,10 @@ def as_text(report: dict) -> str:
     lines.append(f"near-duplicates: {len(near):,} pairs")
     lines += [f"  in {key}: {n:,}" for key, n in report["near_duplicates_by_split"].items()]
     lines.append(f"  with different labels: {sum(len({*pair['labels']}) > 1 for pair in near):,}")
-    errors = f"{len(report['label_errors']):,}" if report["model"] else "set MODEL= to find them"
+    errors = "set MODEL= to find them"
+    if agreement := report["label_agreement"]:
+        errors = f"{len(report['label_errors']):,}, of a classifier that agrees with "
+        errors += f"{agreement:.1%} of the labels (the fewer, the less reliable)"
     return "\n".join([*lines, f"likely label errors: {errors}", ""])
 
 
