@@ -103,7 +103,7 @@ def _write_variants(model: PreTrainedModel, size: int, folder: Path) -> None:
     # These packages are optional and take a second or more to import.
     import onnx
     import onnx_ir
-    from onnxruntime.quantization import quantize_dynamic
+    from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.transformers.float16 import convert_float_to_float16
     from transformers.exporters import OnnxConfig, OnnxExporter
 
@@ -118,10 +118,10 @@ def _write_variants(model: PreTrainedModel, size: int, folder: Path) -> None:
             onnx_ir.save(exported.program, full)  # with the weights in the same file
             half = convert_float_to_float16(onnx.load(full), keep_io_types=True)
             onnx.save(half, folder / "model_fp16.onnx")
-            linear = ["MatMul", "Gemm"]
-            quantize_dynamic(
-                full, folder / "model_quantized.onnx", op_types_to_quantize=linear, per_channel=True
-            )
+            # Unsigned weights: without VNNI, products with signed ones saturate.
+            options = {"per_channel": True, "weight_type": QuantType.QUInt8}
+            options["op_types_to_quantize"] = ["MatMul", "Gemm"]
+            quantize_dynamic(full, folder / "model_quantized.onnx", **options)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{type(model).__name__} can't be exported to ONNX: {reason[0]}") from None

@@ -114,7 +114,7 @@ def test_a_folder_with_a_csv_beside_it_goes_through_three_commands(here, backbon
 
     trained = make("train", f"DATASET={folder}")
     assert "train is 'train', validation is 'validation', test is 'test'" in trained
-    assert "over 12 images" in trained
+    assert "on 12 images" in trained
     assert "(4 images)" in trained
     make("evaluate")
     results = read_json(here / "results/vit-base/evaluation_results.json")
