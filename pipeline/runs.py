@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 import subprocess
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -273,8 +274,9 @@ def check_folders(run: str) -> None:
             )
 
 
+@cache
 def print_once(text: str) -> None:
-    """Print only in the first of several processes."""
+    """Print a text if it is new, and only in the first of several processes."""
     if os.environ.get("RANK", "0") == "0":
         print(text)
 

@@ -25,10 +25,17 @@ from transformers import (
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hub_fixtures import hub_server  # noqa: F401
+from pipeline import runs
 from samples import ROOT, SMALL_VIT, draw_image
 from space_fixtures import app, cifar_folder, model_folder, space_url  # noqa: F401
 
 SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(autouse=True)
+def nothing_printed_yet() -> None:
+    """Each test sees the lines that a process prints once."""
+    runs.print_once.cache_clear()
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from pipeline.data.loading import load_splits
 from pipeline.data.streaming import ImageStream, load_stream
 from pipeline.errors import UserError
 from pipeline.recipe import DataArguments
+from pipeline.runs import print_once
 from samples import draw_image, image_processor
 
 RAMP = np.arange(256).reshape(16, 16)  # each 8-bit gray once
@@ -104,7 +105,8 @@ def test_a_corrupt_image_is_an_error_with_its_file_and_row(corrupt):
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_corrupt_images_are_left_out_and_named_each_time(corrupt, capsys, num_proc):
     corrupt.skip_corrupt, corrupt.num_proc = True, num_proc
-    for _ in range(2):  # decoded, and from the cache
+    for _ in range(2):  # decoded, and from the cache of another process
+        print_once.cache_clear()
         splits = load_splits(corrupt, image_processor(64), "train", "validation", "test")
         assert len(splits["train"]) + len(splits["validation"]) == 17
         assert splits["train"].column_names == ["image", "label"]
