@@ -21,7 +21,8 @@ from pipeline.training.model import build_model, build_processor
 GUIDE = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4, "warmup_steps": 0.1}
 # Lossless speedups of the stock `Trainer`. On a CPU, data workers would share its cores.
 TUNED = {"bf16": True} if has_fast_bfloat16() else {}
-TUNED |= {"torch_compile": True, "dataloader_num_workers": 8} if DEVICE.type != "cpu" else {}
+WORKERS = {"dataloader_num_workers": 8, "dataloader_persistent_workers": True}
+TUNED |= {"torch_compile": True, **WORKERS} if DEVICE.type != "cpu" else {}
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # as in torchvision's RandomResizedCrop
 
 

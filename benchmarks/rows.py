@@ -14,7 +14,6 @@ from pathlib import Path
 from timeit import timeit
 
 import numpy as np
-import psutil
 import scipy.stats
 import torch
 import transformers
@@ -130,11 +129,8 @@ def one_image(args: Namespace) -> list[dict]:
     sides = {"ours": lambda: [ours.predict(image) for image in images]}
     sides["example"] = lambda: [theirs(image) for image in images]
     work = {"gflop": ON_CPU * gflop_per_image(model, 224), "dtype": ours.precision}
-    return [
-        compare(
-            args, f"One image, ViT-B/16, {ours.precision}", sides, len(images), unit="ms", **work
-        )
-    ]
+    name = f"One image, ViT-B/16, {ours.precision}"
+    return [compare(args, name, sides, len(images), unit="ms", **work)]
 
 
 def score_split(args: Namespace) -> list[dict]:
@@ -165,11 +161,13 @@ def memory(args: Namespace) -> list[dict]:
         command = [sys.executable, ROOT / "scripts/train_vit.py", "--restart", *options, *UNTIMED]
         variables = os.environ | {"HF_DATASETS_CACHE": f"{data}-cache"}
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = psutil.Popen(command, env=variables, **quiet)
+        process = subprocess.Popen(command, env=variables, process_group=0, **quiet)
         while process.poll() is None:
-            with suppress(psutil.Error):  # a process may have ended
-                maps = [m for p in (process, *process.children(True)) for m in p.memory_maps()]
-                peak = max(peak, sum(m.pss for m in maps if not m.path.startswith("/")) / 2**20)
+            with suppress(OSError):  # a process may have ended
+                paths = Path("/proc").glob("[0-9]*/smaps_rollup")
+                texts = [p.read_text() for p in paths if os.getpgid(int(p.parts[2])) == process.pid]
+                kilobytes = [int(t.split("Pss_Anon:")[1].split()[0]) for t in texts if t]
+                peak = max(peak, sum(kilobytes) / 1024)
             time.sleep(0.1)
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, command)
