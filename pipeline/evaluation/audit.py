@@ -64,7 +64,10 @@ def audit(
     features, found, agreement = None, [], None
     if model:
         features = _embed(whole.select(readable), model, image_size, source.names)
-        found, agreement = label_errors(features, table["code"].to_numpy()[readable])
+        labeled = table.iloc[readable]
+        found, predicted = label_errors(features, labeled["code"].to_numpy())
+        agrees = (labeled["code"] == predicted)[labeled["code"] >= 0]
+        agreement = agrees.groupby(labeled["splits"], sort=False).mean().to_dict()
     pairs, correlations = near_duplicates(thumbnails[readable], features)
     first = pd.Series(readable).groupby(table["hash"].to_numpy()[readable]).transform("first")
     exact = np.stack([first, readable], axis=1)[first != readable]
@@ -105,7 +108,9 @@ def audit(
     }
 
 
-def label_errors(features: Tensor, codes: np.ndarray) -> tuple[list[tuple[int, int, float]], float]:
+def label_errors(
+    features: Tensor, codes: np.ndarray
+) -> tuple[list[tuple[int, int, float]], np.ndarray]:
     """Find likely label errors by two-fold cross-validation, the most likely first.
 
     Args:
@@ -114,7 +119,7 @@ def label_errors(features: Tensor, codes: np.ndarray) -> tuple[list[tuple[int, i
 
     Returns:
         Each error's row, its most likely class, and the probability of its given label; and the
-        share of the labels that the features predict, without which the errors mean little.
+        predicted class numbers (N,), -1 for images without a label.
     """
     try:
         from cleanlab.filter import find_label_issues  # optional
@@ -128,9 +133,9 @@ def label_errors(features: Tensor, codes: np.ndarray) -> tuple[list[tuple[int, i
     options = {"cv": 2, "method": "predict_proba"}
     probs = cross_val_predict(model, features[rows].numpy(), labels, **options)  # (N, C)
     found = find_label_issues(labels, probs, return_indices_ranked_by="self_confidence", n_jobs=1)
-    best = classes[probs.argmax(axis=1)]
-    agreement = float((best == codes[rows]).mean())
-    return [(int(rows[i]), int(best[i]), float(probs[i, labels[i]])) for i in found], agreement
+    predicted = np.full(len(codes), -1)
+    predicted[rows] = best = classes[probs.argmax(axis=1)]
+    return [(int(rows[i]), int(best[i]), float(probs[i, labels[i]])) for i in found], predicted
 
 
 def duplicate_rows(source: Source, split: str) -> list[int] | None:
@@ -162,11 +167,17 @@ def as_text(report: dict) -> str:
     lines.append(f"near-duplicates: {len(near):,} pairs")
     lines += [f"  in {key}: {n:,}" for key, n in report["near_duplicates_by_split"].items()]
     lines.append(f"  with different labels: {sum(len({*pair['labels']}) > 1 for pair in near):,}")
-    errors = "set MODEL= to find them"
     if agreement := report["label_agreement"]:
-        errors = f"{len(report['label_errors']):,}, of a classifier that agrees with "
-        errors += f"{agreement:.1%} of the labels (the fewer, the less reliable)"
-    return "\n".join([*lines, f"likely label errors: {errors}", ""])
+        lines.append(f"likely label errors: {len(report['label_errors']):,}")
+        shares = ", ".join(f"{share:.1%} in {name}" for name, share in agreement.items())
+        lines += [
+            f"  labels that the classifier agrees with: {shares}",
+            "  Where it agrees with few, the errors are unreliable. Where it agrees with many more",
+            "  than in the other splits, the model has memorized the labels, errors included.",
+        ]
+    else:
+        lines.append("likely label errors: set MODEL= to find them")
+    return "\n".join([*lines, ""])
 
 
 def _inspect(whole: Dataset, source: Source) -> tuple[pd.DataFrame, Tensor]:

@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
 from pipeline.data.sources import load_source
-from pipeline.evaluation.audit import audit, duplicate_rows, label_errors
+from pipeline.evaluation.audit import as_text, audit, duplicate_rows, label_errors
 from pipeline.evaluation.duplicates import group, near_duplicates
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.recipe import DataArguments
@@ -94,8 +94,9 @@ def test_planted_label_errors_come_first():
     flipped = generator.choice(len(labels), 36, replace=False)  # 2 %
     labels[flipped] = (labels[flipped] + generator.integers(1, 10, 36)) % 10
     labels[0] = -1 if 0 not in flipped else labels[0]  # no label
-    found, agreement = label_errors(torch.from_numpy(source.data), labels)
-    assert 0.85 < agreement < 0.98  # at most the labels that were not flipped
+    found, predicted = label_errors(torch.from_numpy(source.data), labels)
+    assert ((predicted == -1) == (labels == -1)).all()
+    assert 0.85 < (predicted == labels).mean() < 0.98  # at most the labels that were not flipped
     rows = [row for row, _, _ in found]
     first = np.isin(rows[:36], flipped)
     assert first.mean() >= 0.7
@@ -146,6 +147,10 @@ def test_evaluation_leaves_out_the_near_duplicates_of_an_audit(measured):
     data = DataArguments(dataset="digits")
     report, _ = audit(data, "models/tiny", 32)  # an untrained model: label errors are noise
     assert report["label_errors"]
+    assert set(report["label_agreement"]) == {"train", "validation", "test"}
+    assert ", ".join(f"{s:.1%} in {n}" for n, s in report["label_agreement"].items()) in as_text(
+        report
+    )
     assert duplicate_rows(load_source(data), "test") is None
     folder = measured / "results/audit/digits"
     folder.mkdir(parents=True)
