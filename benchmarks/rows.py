@@ -74,7 +74,7 @@ def compare_training(args: Namespace, size: int, batch: int, steps: int) -> dict
     options += [f"--image_size={size}", f"--torch_compile={not ON_CPU}", *UNTIMED]
 
     def timer(build: Callable) -> float:
-        clock, trainer = Clock(), build()
+        clock, trainer = Clock(timed=(warmup, warmup + steps)), build()
         trainer.add_callback(clock)
         trainer.train()
         return clock.times[-1] - clock.times[warmup]
@@ -245,16 +245,16 @@ def summarize(values: list[float], interval: list[float] | None = None) -> dict:
 
 
 class Clock(transformers.TrainerCallback):
-    """Record when each training step ended, and stop when the time is over."""
+    """Record when each training step ended (exact for `timed` ones), stop when time is over."""
 
-    def __init__(self, seconds: float = float("inf")):
-        self.times, self.seconds = [time.monotonic()], seconds
+    def __init__(self, seconds: float = float("inf"), timed: tuple[int, ...] = ()):
+        self.times, self.seconds, self.timed = [time.monotonic()], seconds, timed
 
     def share_spent(self) -> float:
         return min(1.0, (time.monotonic() - self.times[0]) / self.seconds)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if not ON_CPU:
+        if not ON_CPU and state.global_step in (self.timed or [state.global_step]):
             torch.accelerator.synchronize()
         self.times.append(time.monotonic())
         control.should_training_stop |= self.share_spent() == 1

@@ -48,7 +48,7 @@ def test_a_folder_gives_the_answers_of_pipeline(photos):
             continue
         for k, answer in enumerate(classify(row["image"], top_k=3), 1):
             assert row[f"label_{k}"] == answer["label"]
-            assert float(row[f"probability_{k}"]) == pytest.approx(answer["score"], abs=1e-5)
+            assert float(row[f"probability_{k}"]) == pytest.approx(answer["score"], abs=1e-4)
         assert row["is_ood"] in ("true", "false")
     assert not Path("out.csv.part").exists()
 
