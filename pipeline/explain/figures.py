@@ -187,8 +187,9 @@ def _panels(
 def _title(logits: torch.Tensor, labels: dict[int, str], label: str | None) -> str:
     probs = logits.softmax(dim=0)
     predicted = int(probs.argmax())
-    title = f"{labels[predicted]}, {probs[predicted]:.1%}"
-    return title if label is None else f"{title}\ntrue: {label}"
+    confidence = "> 99.9%" if probs[predicted] > 0.999 else f"{probs[predicted]:.1%}"
+    title = f"{labels[predicted]}, {confidence}"  # never 100 %
+    return title if label is None else f"{title}\nlabel: {label}"
 
 
 def _pixels(images: list[Image.Image], processor) -> torch.Tensor:

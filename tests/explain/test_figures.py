@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
 from pipeline.data.loading import load_split
@@ -26,6 +27,15 @@ def test_examples_are_one_per_class_and_the_most_confident_errors():
     predictions = [1, 0, 1, 0, 0, 2, 1]
     confidences = [0.5, 0.9, 0.8, 0.7, 0.6, 0.9, 0.99]
     assert figures.select_examples(labels, predictions, confidences) == [1, 2, 5, 6, 3, 4, 0]
+
+
+@pytest.mark.parametrize(
+    ("logit", "title"), [(0.0, "cat, 50.0%"), (6.0, "cat, 99.8%"), (9.0, "cat, > 99.9%")]
+)
+def test_confidence_is_never_shown_as_certainty(logit, title):
+    logits, labels = torch.tensor([logit, 0.0]), {0: "cat", 1: "dog"}
+    assert figures._title(logits, labels, None) == title
+    assert figures._title(logits, labels, "dog") == f"{title}\nlabel: dog"
 
 
 def test_every_figure_is_drawn_for_files_and_rows(model, here):
