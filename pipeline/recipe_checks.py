@@ -36,8 +36,8 @@ HUB_TRAINING_KEYS = {
 # Settings of speed, hardware and reporting: a run may be resumed with other values.
 NON_SEMANTIC_KEYS = {
     "num_proc", "attention", "logging_steps", "save_total_limit", "disable_tqdm", "report_to",
-    "torch_compile", "per_device_eval_batch_size", "early_stopping_patience",
-    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
+    "torch_compile", "per_device_eval_batch_size", "dataloader_num_workers",
+    "dataloader_pin_memory", "dataloader_persistent_workers",
     "dataloader_prefetch_factor", "run_name", "project", "trackio_space_id", "trackio_bucket_id",
     "trackio_static_space_id",
 }  # fmt: skip

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
 
-from pipeline.recipe import DEFAULTS, RECIPE_GROUPS
+from pipeline.recipe import DEFAULTS, RECIPE_GROUPS, STREAMING_DEFAULTS
 from pipeline.recipe_checks import NON_SEMANTIC_KEYS
 
 FILE = Path(__file__).parents[2] / "docs/recipes.md"
@@ -34,8 +34,10 @@ of transformers, except for:
 |:--|:--|
 {defaults}
 
+With `streaming: true`, {streaming}.
+
 The following keys affect only speed, hardware and reporting. A run can be resumed under other
-values of them, and they are not published:
+values of them. They are neither saved in `recipe.yaml` nor published:
 
 {speed}
 """
@@ -56,7 +58,8 @@ def render() -> str:
     defaults = "\n".join(f"| `{key}` | `{_yaml(value)}` |" for key, value in DEFAULTS.items())
     speed = ", ".join(f"`{key}`" for key in sorted(NON_SEMANTIC_KEYS))
     speed = "\n".join(textwrap.wrap(speed, 100, break_on_hyphens=False))
-    return text + FOOTER.format(defaults=defaults, speed=speed)
+    streaming = [f"`{key}` is `{value}`" for key, value in STREAMING_DEFAULTS.items()]
+    return text + FOOTER.format(defaults=defaults, speed=speed, streaming=", ".join(streaming))
 
 
 def _yaml(value) -> str:
