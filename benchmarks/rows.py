@@ -167,7 +167,7 @@ def memory(args: Namespace) -> list[dict]:
                 paths = Path("/proc").glob("[0-9]*/smaps_rollup")
                 texts = [p.read_text() for p in paths if os.getpgid(int(p.parts[2])) == process.pid]
                 kilobytes = [int(t.split("Pss_Anon:")[1].split()[0]) for t in texts if t]
-                peak = max(peak, sum(kilobytes) / 1024)
+                peak = max(peak, sum(kilobytes) * 1024 / 1e6)
             time.sleep(0.1)
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, command)
