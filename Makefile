@@ -1,5 +1,5 @@
 # Every target sets up the environment first where it needs it, so that any works on a new machine.
-PYTHON ?= python3#       the Python (3.11 or newer) that the environment is made from
+PYTHON ?= python3#       the Python (3.11 to 3.13) that the environment is made from
 RECIPE ?= vit-base#      a name in pipeline/recipes, a YAML file, or hub:name/model
 DATASET ?=#              a Hub id, a local folder, or digits (default: the recipe's)
 MODEL ?=#                a Hub id or a local folder (default: the recipe's, or the last run)

@@ -7,7 +7,7 @@ from pipeline.errors import run_main
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--dataset", help="a Hub id or a folder (default: the model's)")
+    parser.add_argument("--dataset", help="a Hub id or folder (default: the model's, or CIFAR-10)")
     parser.add_argument("--model", help="a backbone or a fine-tuned model; finds label errors")
     parser.add_argument("--image_size", type=int, help="model input size; smaller is faster")
     args = parser.parse_args()

@@ -13,7 +13,9 @@ def main() -> None:
         epilog="Any recipe key is also an option, such as --learning_rate=2e-4.",
         allow_abbrev=False,
     )
-    parser.add_argument("--recipe", default="vit-base", help="a recipe name or a YAML file")
+    parser.add_argument(
+        "--recipe", default="vit-base", help="a name, a YAML file, or hub:name/model"
+    )
     parser.add_argument("--run", help="name of the run (default: the recipe's name)")
     parser.add_argument("--restart", action="store_true", help="train again from the start")
     args, overrides = parser.parse_known_args()

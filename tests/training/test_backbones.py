@@ -137,8 +137,13 @@ HEAD = """# Backbones
 
 What this pipeline does with each family of transformers' image classifiers, by its `model_type`:
 measured on tiny random checkpoints by `tests/training/test_backbones.py`, which trains each for two
-steps, resumes, evaluates, and compares with `pipeline()`. An option marked "no" is refused
-before training starts.
+steps, resumes, evaluates, and compares with `pipeline()`. Another image size or layer decay marked
+"no" is refused before training starts. Where there are no maps, the model can be trained, evaluated
+and published, but `make visualize` and the Space refuse it.
+
+The recipes `cpu` and `dinov2-small` are for patches of 14 pixels, with layer decay. For a ViT with
+patches of 16, add `ARGS="--image_size=96 --image_size_schedule=null"`; for a family without layer
+decay, also `--layer_decay=1`.
 
 Every weight of a checkpoint's backbone arrives, or it is an error; only the head is new. Of the
 checkpoint's image processor, the treatment of colors and the filter are kept; the recipe's `resize`
@@ -149,8 +154,7 @@ checkpoint's image processor, the treatment of colors and the filter are kept; t
 """
 TAIL = """
 SigLIP 2 NaFlex is converted to SigLIP, to which it is equivalent on square images. Maps need a
-[CLS] token that the model classifies by; `make visualize` refuses the others. Not trained, with
-what the error says:
+[CLS] token that the model classifies by. Not trained, with what the error says:
 
 """
 
