@@ -17,12 +17,18 @@ from pipeline.data.loading import load_split
 from pipeline.errors import UserError
 from pipeline.evaluation.outputs import predict
 from pipeline.recipe import Recipe
+from pipeline.runs import print_once
 from pipeline.training.backbone import head_names
 from pipeline.training.model import load_model
 
 
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Return the temperature that minimizes cross-entropy for logits (N, C) and labels (N,)."""
+def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
+    """Return the temperature that minimizes cross-entropy for logits (N, C) and labels (N,).
+
+    None if all are classified correctly, where the lowest temperature would seem the best.
+    """
+    if (logits.argmax(dim=1) == labels).all():
+        return None
     logits = logits.double()
 
     def loss(log_temperature: float) -> float:
@@ -59,6 +65,12 @@ def calibrate_run(recipe: Recipe) -> float:
         return model.config.calibration_temperature
     validation = load_split(recipe.data, "validation", processor)
     temperature = fit_temperature(*predict(model, processor, validation))
+    if temperature is None:
+        print_once(
+            f"Not calibrated: all {len(validation)} validation images are classified correctly, so "
+            "no temperature can be fit. Raise validation_size."
+        )
+        temperature = 1.0
     if recipe.training.process_index == 0:
         fold_temperature(model.cpu(), temperature)
         model.config.calibration_temperature = temperature

@@ -11,12 +11,14 @@ from PIL import Image
 from transformers import pipeline
 
 from pipeline.data.loading import load_split
+from pipeline.evaluation import calibration
 from pipeline.evaluation.calibration import calibrate_run, fit_temperature, fold_temperature
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.metrics import ImageClassification
 from pipeline.evaluation.outputs import predict
 from pipeline.recipe import DataArguments, load_recipe
 from pipeline.training.model import load_model
+from pipeline.training.train import train
 from samples import ROOT
 
 
@@ -34,6 +36,17 @@ def test_the_temperature_of_known_logits_is_found():
     ece = [metric.compute(predictions=x, references=labels)["ece"] for x in (2.5 * logits, scaled)]
     assert ece[0] > 0.1
     assert ece[1] < 0.01
+
+
+def test_no_temperature_is_fit_where_validation_has_no_errors(tiny_recipe, monkeypatch, capsys):
+    logits = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    assert fit_temperature(logits, torch.tensor([0, 1])) is None
+    assert fit_temperature(logits, torch.tensor([0, 0])) > 1
+    recipe = load_recipe(tiny_recipe, ["--max_steps=1"], "run")
+    train(recipe)
+    monkeypatch.setattr(calibration, "predict", lambda *_: (logits, torch.tensor([0, 1])))
+    assert calibrate_run(recipe) == 1.0
+    assert "Not calibrated: all 72 validation images" in capsys.readouterr().out
 
 
 def test_a_folded_temperature_divides_the_logits(backbones):
