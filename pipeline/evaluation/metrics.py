@@ -19,9 +19,9 @@ class ImageClassification(evaluate.Metric):
     """Predictions are logits (N, C), references are class numbers (N,).
 
     `compute` returns accuracy with its 95 % Wilson interval, balanced_accuracy (the mean recall of
-    the classes that occur), macro_f1, nll (natural log, per image), ece, and per class precision,
-    recall, f1 and support, each (C,), and the confusion_matrix (C, C), with true classes in rows
-    and predicted ones in columns.
+    the classes that occur), macro_f1 (the mean of the classes that occur or are predicted), nll
+    (natural log, per image), ece, and per class precision, recall, f1 and support, each (C,), and
+    the confusion_matrix (C, C), with true classes in rows and predicted ones in columns.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -46,7 +46,7 @@ class ImageClassification(evaluate.Metric):
             "accuracy": float(correct.mean()),
             "accuracy_interval": wilson_interval(int(correct.sum()), len(labels)),
             "balanced_accuracy": float(recall[support > 0].mean()),
-            "macro_f1": float(f1.mean()),
+            "macro_f1": float(f1[np.union1d(labels, predicted)].mean()),
             "nll": float(-log_probs[np.arange(len(labels)), labels].mean()),
             "ece": calibration_error(np.exp(log_probs.max(axis=1)), correct),
             "precision": precision.tolist(),

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from sklearn.metrics import f1_score
 
 from pipeline.evaluation.metrics import ImageClassification, calibration_error, wilson_interval
 
@@ -48,6 +49,14 @@ def test_batches_added_one_by_one_give_the_same(scores):
     for rows in ([0, 1, 2], [3]):
         metric.add_batch(predictions=np.log(PROBABILITIES[rows]), references=LABELS[rows])
     assert metric.compute() == scores
+
+
+def test_macro_f1_leaves_out_classes_that_neither_occur_nor_are_predicted():
+    metric = ImageClassification(keep_in_memory=True)
+    for predicted, labels in (([0, 1], [0, 1]), ([0, 1, 3], [0, 1, 1])):
+        scores = metric.compute(predictions=np.eye(10)[predicted], references=labels)
+        assert scores["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
+        assert len(scores["f1"]) == 10
 
 
 def test_a_class_never_predicted_has_precision_zero():
