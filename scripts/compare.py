@@ -1,6 +1,7 @@
 """Compare two evaluated runs on the same test images, or average several seeds of one recipe."""
 
 import argparse
+from pathlib import Path
 
 from pipeline.errors import UserError, run_main
 
@@ -23,6 +24,12 @@ def main() -> None:
     found = [runs.read_json(file) for file in files]
     if missing := [name for name, results in zip(args.runs, found, strict=True) if not results]:
         raise UserError(f"There are no results of {missing[0]}: run `make evaluate` for it first.")
+    if len({*folders}) < len(folders):
+        raise UserError("Two of the runs have one results folder: name different runs.")
+    for name, results in zip(args.runs, found, strict=True):
+        model, hashes = results["model"]["name"], results["model"]["sha256"]
+        if Path(model).expanduser().is_dir() and runs.model_hashes(model) != hashes:
+            raise UserError(f"{name} was trained again after `make evaluate`: evaluate it again.")
     if args.seeds:
         table = average(found)
         for file, results in zip(files, found, strict=True):  # for each model's card
@@ -43,6 +50,7 @@ def main() -> None:
         answers = " / ".join(names[results["predictions"][row]] for results in found)
         image = open_image(split[row]["image"], f"row {row}")
         sheet.append((f"{names[labels[row]]}:\n{answers}", image))
+    (folder / "differences.png").unlink(missing_ok=True)
     if sheet:
         plots.image_sheet(sheet, 10, folder / "differences.png", title=" / ".join(args.runs))
     low, high = report["difference_interval"]

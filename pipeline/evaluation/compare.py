@@ -13,10 +13,11 @@ from scipy.stats import binomtest, t
 
 from pipeline.data.loading import load_raw
 from pipeline.data.splits import class_numbers
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shorten
 from pipeline.recipe import data_arguments
 
 DRAWS = 10_000
+SEED = 42  # the default of TrainingArguments
 AVERAGED = ("accuracy", "macro_f1", "nll", "ece")
 
 
@@ -34,7 +35,8 @@ def compare(first: dict, second: dict, labels: np.ndarray) -> dict:
         model gets right, in total and by class, and the `rows` of those images.
     """
     if first["labels"] != second["labels"] or first["support"] != second["support"] or any(
-        first["dataset"][key] != second["dataset"][key] for key in ("name", "revision", "split")
+        first["dataset"][key] != second["dataset"][key]
+        for key in ("name", "config", "revision", "split", "published_split", "images")
     ):  # fmt: skip
         raise UserError("The runs were not evaluated on the same images: evaluate both again.")
     correct = [np.asarray(results["predictions"]) == labels for results in (first, second)]
@@ -79,10 +81,19 @@ def average(runs: list[dict]) -> dict:
     """Average the results of several seeds: mean, 95 % Student's t interval, and values."""
     if len(runs) < 2:
         raise UserError("An interval needs at least two seeds: set N=3, for example.")
+    recipes = [dict(results["recipe"] or {}) for results in runs]
+    seeds = [recipe.pop("seed", SEED) for recipe in recipes]
+    sources = [
+        {k: results["dataset"][k] for k in ("name", "revision", "split")} for results in runs
+    ]
+    if len({*seeds}) < len(seeds):
+        raise UserError(f"The seeds are {shorten(seeds)}: average runs with different seeds.")
+    if any(recipe != recipes[0] for recipe in recipes) or any(s != sources[0] for s in sources):
+        raise UserError("The runs differ by more than their seed: average runs of one recipe.")
     table = {}
     for key in AVERAGED:
         values = [results[key] for results in runs]
         mean, error = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5
         interval = [mean, mean] if error == 0 else t.interval(0.95, len(values) - 1, mean, error)
         table[key] = {"mean": float(mean), "interval": [*map(float, interval)], "values": values}
-    return {"seeds": [results["recipe"]["seed"] for results in runs], **table}
+    return {"seeds": seeds, **table}

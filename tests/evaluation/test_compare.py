@@ -12,13 +12,16 @@ from pipeline.errors import UserError
 from pipeline.evaluation.compare import average, compare
 from samples import ROOT
 
+DATASET = {"name": "pets", "config": None, "revision": None, "split": "test"}
+DATASET |= {"published_split": "test"}
+
 
 def results(predictions: np.ndarray, labels: np.ndarray) -> dict:
     """What `compare` reads of an evaluation, of two classes."""
     return {
         "labels": ["cat", "dog"],
         "support": np.bincount(labels).tolist(),
-        "dataset": {"name": "pets", "revision": None, "split": "test"},
+        "dataset": DATASET | {"images": len(labels)},
         "predictions": predictions.tolist(),
         "accuracy": float((predictions == labels).mean()),
     }
@@ -68,21 +71,18 @@ def test_runs_on_other_images_are_refused():
     first = results(labels, labels)
     with pytest.raises(UserError, match="not evaluated on the same images"):
         compare(first, results(labels, np.array([0, 0, 1])), labels)
+    for change in ({"published_split": "val"}, {"config": "small"}, {"revision": "main"}):
+        with pytest.raises(UserError, match="not evaluated on the same images"):
+            compare(first, first | {"dataset": first["dataset"] | change}, labels)
 
 
 def test_seeds_are_averaged_with_students_interval():
-    table = average(
-        [
-            {
-                "recipe": {"seed": seed},
-                "accuracy": value,
-                "macro_f1": value,
-                "nll": 0.3,
-                "ece": 0.01,
-            }
-            for seed, value in ((1, 0.90), (2, 0.92), (3, 0.94))
-        ]
-    )
+    seeds = [
+        {"recipe": {"seed": seed, "model": "vit"}, "dataset": DATASET, "accuracy": value}
+        | {"macro_f1": value, "nll": 0.3, "ece": 0.01}
+        for seed, value in ((1, 0.90), (2, 0.92), (3, 0.94))
+    ]
+    table = average(seeds)
     assert table["seeds"] == [1, 2, 3]
     assert table["accuracy"]["mean"] == pytest.approx(0.92)
     reach = 4.30265 * 0.02 / 3**0.5  # the quantile of Student's t with two degrees of freedom
@@ -90,20 +90,28 @@ def test_seeds_are_averaged_with_students_interval():
     assert table["nll"]["interval"] == pytest.approx([0.3, 0.3])
     with pytest.raises(UserError, match="at least two seeds"):
         average([{}])
+    with pytest.raises(UserError, match="The seeds are 1, 1: average runs with different seeds"):
+        average([seeds[0], seeds[0]])
+    for change in ({"recipe": {"seed": 4, "model": "dinov2"}}, {"recipe": None}):
+        with pytest.raises(UserError, match="differ by more than their seed"):
+            average([seeds[0], seeds[1] | change])
+    with pytest.raises(UserError, match="differ by more than their seed"):
+        average([seeds[0], seeds[1] | {"dataset": DATASET | {"split": "validation"}}])
 
 
 @pytest.mark.slow
 def test_the_script_compares_runs_and_averages_seeds(measured):
     shutil.copytree("models/tiny", "models/other")
     other = runs.read_json(measured / "results/tiny/evaluation_results.json")
+    other["recipe"]["seed"] = 7
     other["predictions"][:5] = [(p + 1) % 10 for p in other["predictions"][:5]]
     runs.write_json(measured / "results/other/evaluation_results.json", other)
 
-    def run_script(*arguments: str) -> str:
+    def run_script(*arguments: str, status: int = 0) -> str:
         command = [sys.executable, ROOT / "scripts/compare.py", *arguments]
         process = subprocess.run(command, capture_output=True, text=True)
-        assert process.returncode == 0, process.stderr
-        return process.stdout
+        assert process.returncode == status, process.stderr
+        return process.stderr if status else process.stdout
 
     text = run_script("tiny", "models/other")
     report = json.loads((measured / "results/compare/tiny_other/comparison.json").read_text())
@@ -114,3 +122,6 @@ def test_the_script_compares_runs_and_averages_seeds(measured):
     for name in ("tiny", "other"):
         table = runs.read_json(measured / f"results/{name}/evaluation_results.json")["seeds"]
         assert table["accuracy"]["mean"] == pytest.approx(other["accuracy"])
+    assert "have one results folder" in run_script("tiny", "models/tiny", status=1)
+    (measured / "models/tiny/config.json").write_text("{}")
+    assert "tiny was trained again" in run_script("tiny", "other", status=1)
