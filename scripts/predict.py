@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from pipeline.errors import run_main
+from pipeline.errors import UserError, run_main
 
 
 def main() -> None:
@@ -29,6 +29,8 @@ def main() -> None:
     from pipeline.evaluation.predictions import find_images, predict_to_file, split_images
     from pipeline.recipe import data_arguments
 
+    if (args.max_images or 0) < 0:
+        raise UserError(f"max_images is {args.max_images}; it must be at least 0.")
     model = args.model or runs.last_run()
     output = args.output or runs.results_folder(model) / "predictions.csv"
     if args.images:

@@ -70,6 +70,11 @@ def load_raw(data: DataArguments | Source) -> DatasetDict:
     Their columns are `image`, `label` and `row`, the row number in the published split.
     """
     source, splits = load_source(data), {}
+    if source.data.streaming:
+        raise UserError(
+            f'"{source.data.dataset}" is streamed, so its images can\'t be listed: use files, or a '
+            "model that was trained without --streaming."
+        )
     for role, split in source.splits.items():
         codes = np.full(len(split), MISSING)
         if source.label in split.column_names:

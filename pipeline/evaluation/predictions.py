@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from pipeline.data.decoding import open_image
-from pipeline.data.folders import walk
+from pipeline.data.folders import IMAGES, is_image, walk
 from pipeline.data.loading import load_raw
 from pipeline.data.transforms import fit_image, input_size, preprocess
 from pipeline.errors import UserError
@@ -43,30 +43,36 @@ class Item:
 
 
 def find_images(patterns: list[str]) -> Iterator[Item]:
-    """Yield image files from file names, glob patterns and folders, including subfolders.
+    """Find image files by file names, glob patterns and folders, including subfolders.
 
     Raises:
-        UserError: A pattern matches nothing.
+        UserError: A pattern matches no image.
     """
-    suffixes = Image.registered_extensions()
     for pattern in patterns:
-        paths = [pattern] if Path(pattern).exists() else glob.iglob(pattern, recursive=True)
-        found = False
-        for path in map(Path, paths):
-            # Sorted per folder; a list of millions of files would not fit in memory.
-            files = [path] if path.is_file() else (p for p in walk(path) if p.is_file())
-            for file in files:
-                if file.suffix.lower() in suffixes or file == path:
-                    found = True
-                    yield Item(str(file), lambda file=file: open_image(file, str(file)))
-        if not found:
+        if next(_match(pattern), None) is None:
             raise UserError(f'There is no image in "{pattern}": give files, a folder or a pattern.')
+    files = (file for pattern in patterns for file in _match(pattern))
+    return (Item(str(file), lambda file=file: open_image(file, str(file))) for file in files)
+
+
+def _match(pattern: str) -> Iterator[Path]:
+    """Yield files named directly, and those in folders whose extension or content is an image's."""
+    for path in map(
+        Path, [pattern] if Path(pattern).exists() else glob.iglob(pattern, recursive=True)
+    ):
+        # Sorted per folder; a list of millions of files would not fit in memory.
+        for file in walk(path) if path.is_dir() else [path]:
+            is_named = file == path or file.suffix.lower() in IMAGES
+            if not file.is_dir() and (is_named or is_image(Path(), file)):
+                yield file
 
 
 def split_images(data: DataArguments, split: str) -> Iterator[Item]:
     """Yield the images of a dataset's split, named by split and row."""
-    dataset = load_raw(data)[split].cast_column("image", ImageFeature(decode=False))
-    for row in dataset:
+    splits = load_raw(data)
+    if split not in splits:
+        raise UserError(f'"{data.dataset}" has no {split} split, only {", ".join(splits)}.')
+    for row in splits[split].cast_column("image", ImageFeature(decode=False)):
         name = f"{split}/{row['row']}"
         yield Item(name, lambda cell=row["image"], name=name: open_image(cell, name))
 

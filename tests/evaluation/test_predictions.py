@@ -9,7 +9,7 @@ from transformers import pipeline
 import predict
 from pipeline.errors import UserError
 from pipeline.evaluation.predictions import find_images, predict_to_file, split_images
-from pipeline.recipe import data_arguments
+from pipeline.recipe import DataArguments, data_arguments
 from samples import draw_image
 
 
@@ -71,7 +71,35 @@ def test_patterns_find_files_and_none_is_an_error(photos):
     with pytest.raises(UserError, match=r'no image in "photos/\*.tif"'):
         list(find_images(["photos/*.tif"]))
     with pytest.raises(UserError, match=r'no image in "nowhere"'):
-        list(find_images(["nowhere"]))
+        find_images(["photos", "nowhere"])  # before the first folder is read
+
+
+def test_no_image_in_a_folder_is_left_out_in_silence(here):
+    folder = here / "mixed"
+    folder.mkdir()
+    for name in ("1.png", "no_extension"):
+        draw_image(0).save(folder / name, "PNG")
+    for name in ("2.HEIC", "note.txt", "paper.pdf"):
+        (folder / name).write_bytes(b"%PDF or other")
+    (folder / "link.png").symlink_to(folder / "nowhere.png")
+    found = {Path(item.name).name: item for item in find_images(["mixed"])}
+    assert sorted(found) == ["1.png", "2.HEIC", "link.png", "no_extension"]
+    assert found["no_extension"].open().size == draw_image(0).size
+    for name in ("2.HEIC", "link.png"):
+        with pytest.raises(UserError, match="cannot be decoded"):
+            found[name].open()
+    link = next(iter(find_images([str(folder / "link.p*")])))
+    with pytest.raises(UserError, match="cannot be decoded"):
+        link.open()
+
+
+def test_a_split_that_does_not_exist_and_a_stream_are_refused(image_folder):
+    (image_folder / "train").rename(image_folder / "test")
+    data = DataArguments(dataset=str(image_folder))
+    with pytest.raises(UserError, match=r"has no validation split, only test\."):
+        next(split_images(data, "validation"))
+    with pytest.raises(UserError, match="is streamed, so its images can't be listed"):
+        next(split_images(DataArguments(dataset="digits", streaming=True), "test"))
 
 
 @pytest.mark.parametrize(
