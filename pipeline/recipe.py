@@ -15,7 +15,7 @@ from transformers.hf_argparser import HfArg
 
 from pipeline.errors import UserError
 from pipeline.recipe_checks import LOWER_IS_BETTER, NON_SEMANTIC_KEYS, check_keys, check_values
-from pipeline.runs import MODELS, check_run_name, model_file, pin
+from pipeline.runs import MODELS, check_run_name, model_file, pin, write_text
 
 RECIPES = Path(__file__).parent / "recipes"
 # Defaults for every recipe: validate and save once per epoch, and keep the best checkpoint.
@@ -157,7 +157,7 @@ class Recipe:
 
     def save(self, folder: Path) -> None:
         """Save `recipe.yaml`, from which `load_recipe` reproduces the run."""
-        (folder / "recipe.yaml").write_text(to_yaml(self.settings), "utf-8")
+        write_text(folder / "recipe.yaml", to_yaml(self.settings))
 
 
 def _parse(value):

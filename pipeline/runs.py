@@ -132,9 +132,16 @@ def read_json(path: Path) -> dict | None:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write a JSON file, and create its folder if necessary."""
+    """Write a JSON file, which appears complete or not at all; create its folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1), "utf-8")
+    write_text(path, json.dumps(value, indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, which appears complete or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, "utf-8")
+    part.replace(path)
 
 
 def read_manifest(folder: Path) -> dict[str, dict]:

@@ -51,6 +51,18 @@ def test_links_point_to_the_last_run_and_replace_nothing_else(here, capsys):
     assert "was not replaced" in capsys.readouterr().out
 
 
+def test_a_failed_write_leaves_the_old_file(here, monkeypatch):
+    runs.write_json(here / "a.json", {"old": 1})
+
+    def fail(path, *_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        runs.write_json(here / "a.json", {"new": 2})
+    assert runs.read_json(here / "a.json") == {"old": 1}
+
+
 def test_damaged_json_is_named(here):
     Path("results.json").write_text('{"accuracy": 0.9')
     with pytest.raises(UserError, match=r"results\.json is damaged .* create it again"):
