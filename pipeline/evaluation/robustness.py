@@ -55,7 +55,7 @@ def measure_robustness(run: Callable[..., tuple], device: torch.device, dataset:
             accuracy[name].append(float(correct[-1].mean()))
     by_image = np.mean(correct, axis=0)  # (N,)
     mean, reach = float(by_image.mean()), float(1.96 * by_image.std() / len(by_image) ** 0.5)
-    interval = {"mean_accuracy_interval": [mean - reach, mean + reach]}
+    interval = {"mean_accuracy_interval": [max(0.0, mean - reach), min(1.0, mean + reach)]}
     return {"accuracy": accuracy, "mean_accuracy": mean, "images": len(by_image)} | interval
 
 

@@ -122,7 +122,7 @@ def summarize(aucs: dict[str, dict[str, np.ndarray]], seed: int = 0) -> dict:
                 entry |= {
                     "gain_over_random": float(gain.mean()),
                     "gain_interval": interval,
-                    "beats_random": interval[0] > 0,
+                    "beats_random": len(gain) > 1 and interval[0] > 0,
                 }
             summary.setdefault(method, {})[kind] = entry
     return summary

@@ -46,6 +46,20 @@ def test_small_images_get_the_parameters_of_cifar_10_c():
 
 
 @pytest.mark.slow
+def test_the_interval_of_the_corrupted_accuracy_stays_below_one():
+    calls = []
+
+    def run(dataset, transform):
+        calls.append(transform)
+        logits = torch.eye(2)[torch.zeros(10, dtype=int)]
+        logits[0] = torch.tensor([0.0, 1.0]) if len(calls) % 2 else logits[0]
+        return logits, torch.zeros(10, dtype=int)
+
+    report = measure_robustness(run, torch.device("cpu"), None)
+    assert 0.9 < report["mean_accuracy"] < 1
+    assert report["mean_accuracy_interval"][1] == 1
+
+
 def test_robustness_is_the_accuracy_on_corrupted_images(measured):
     model, processor = load_model("models/tiny")
     test = load_split(DataArguments(dataset="digits"), "test", processor).select(range(40))
