@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from pipeline.errors import run_main
+from pipeline.errors import UserError, run_main
 
 
 def main() -> None:
@@ -19,7 +19,10 @@ def main() -> None:
     args = parser.parse_args()
 
     # Imported after parsing, since these imports take seconds.
+    import torch
+
     from pipeline import plots, runs
+    from pipeline.data.decoding import content_hash
     from pipeline.data.loading import load_split
     from pipeline.explain import faithfulness, figures
     from pipeline.recipe import data_arguments
@@ -29,11 +32,15 @@ def main() -> None:
     name = args.model or runs.last_run()
     examples = figures.examples_from_files(args.images)
     model, processor = load_model(name)
+    model = model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     hashes = runs.model_hashes(name)
     folder = runs.results_folder(name)
     if not args.images or args.rows or args.faithfulness != 0:
         data = data_arguments(name, args.dataset)
         test = load_split(data, "test", processor, names=list(model.config.id2label.values()))
+        count = min(200, len(test)) if args.faithfulness is None else args.faithfulness
+        if not 0 <= count <= len(test):
+            raise UserError(f"Faithfulness needs 1 to {len(test)} images, not {count}.")
         rows = args.rows
         if not (rows or args.images):
             results = runs.read_json(folder / "evaluation_results.json")
@@ -51,10 +58,10 @@ def main() -> None:
     print(f"Drew {len(files)} figures of {len(examples)} images: {folder}/visualizations.")
 
     if args.faithfulness != 0:
-        count = args.faithfulness or min(200, len(test))
         results = faithfulness.measure_faithfulness(model, processor, test, count, args.head)
         path = folder / "attention_faithfulness.json"
-        runs.write_json(path, results | {"model": name, "sha256": hashes})
+        origin = {"model": name, "sha256": hashes, "data": content_hash(test)}
+        runs.write_json(path, results | origin)
         plots.faithfulness_curves(results["curves"], path.with_suffix(".png"))
         runs.record_files(folder, {path.name: None, path.stem + ".png": None}, weights)
         report(results)

@@ -139,7 +139,7 @@ def label_errors(
 
 
 def duplicate_rows(source: Source, split: str) -> list[int] | None:
-    """Return the rows that duplicate an earlier split's images, by their audit; None without it."""
+    """Return which of a split's images, as decoded, are in an earlier split, by their audit."""
     report = runs.read_json(audit_folder(source.data.dataset) / "audit.json")
     if report and not source.data.streaming and report["fingerprint"] == fingerprint(source):
         return report["splits"][split]["in_earlier_splits"]
@@ -226,7 +226,7 @@ def _describe(table: pd.DataFrame) -> dict[str, dict]:
             "sizes": readable["size"].value_counts().head(10).to_dict(),
             "modes": readable["mode"].value_counts().to_dict(),
             "unusual": {kind: rows["images"][rows[kind]].tolist() for kind in unusual},
-            "in_earlier_splits": np.flatnonzero(rows["group"].isin(earlier)).tolist(),
+            "in_earlier_splits": np.flatnonzero(readable["group"].isin(earlier)).tolist(),
         }
         earlier |= {*rows["group"]}
     return splits

@@ -56,8 +56,12 @@ def evaluate(
     if bf16 and not runs.has_fast_bfloat16():
         bf16 = False
         print("This machine only emulates bfloat16: evaluating in float32.")
+    if corruptions < 0:
+        raise UserError(f"corruptions is {corruptions}: it must be a number of images, or 0.")
     settings = load_settings(name)
-    data = replace(data, dataset_revision=_dataset_revision(data))  # load the recorded revision
+    if data.dataset != "digits":  # load the recorded revision
+        revision = runs.pin("dataset", data.dataset, data.dataset_revision)[1]
+        data = replace(data, dataset_revision=revision)
     model, processor = load_model(name)
     labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
     source = load_source(data)
@@ -67,8 +71,11 @@ def evaluate(
             f'"{data.dataset}" has {len(source.names)} ({shorten(source.names)}): use another.'
         )
     _check_same_data(name, settings, source)
+    others = ood.load_others(ood_datasets, split, processor)
     splits = load_splits(source, processor, split, "validation", names=labels)
     dataset, roles = splits[split], source.roles
+    if others and "validation" not in splits:
+        raise UserError(f'"{data.dataset}" has no validation images, which OOD detection needs.')
     run = partial(predict, model, processor, batch_size=batch_size, bf16=bf16, depth=ood.DEPTH)
     started = time.monotonic()
     logits, truth, _ = test = run(dataset)
@@ -78,10 +85,10 @@ def evaluate(
     if "validation" in splits:  # a dataset with only a test split has none
         validation = run(splits["validation"])
         detection = ood.measure_ood(
-            run, processor, validation, test, dataset, split, data.dataset, ood_datasets
+            run, processor, validation, test, dataset, split, data.dataset, others
         )
         folded = getattr(model.config, "calibration_temperature", 1.0)  # see `calibrate_run`
-        temperature = fit_temperature(validation[0] * folded, validation[1])
+        temperature = fit_temperature(validation[0] * folded, validation[1]) or folded
         calibration = {"temperature": temperature, "folded": folded}
         for key, factor in (("before", folded), ("after", folded / temperature)):
             scores = _scores(logits * factor, truth)
@@ -179,10 +186,12 @@ def _scores(logits: Tensor, labels: Tensor) -> dict:
 
 
 def _without(rows: list[int] | None, logits: Tensor, labels: Tensor) -> dict | None:
-    """Return the accuracy without the given rows; None if they are unknown."""
+    """Return the accuracy without the given rows; None if they are unknown, or all."""
     if rows is None:
         return None
     correct = np.delete((logits.argmax(dim=1) == labels).numpy(), rows)
+    if not len(correct):
+        return None
     interval = wilson_interval(int(correct.sum()), len(correct))
     accuracy = {"accuracy": float(correct.mean()), "accuracy_interval": interval}
     return accuracy | {"removed": len(rows), "images": len(correct)}
@@ -192,19 +201,15 @@ def _check_same_data(model: str, settings: dict | None, source: Source) -> None:
     """Raise UserError if a run's own dataset has changed, since its splits would differ."""
     data = source.data
     training = runs.read_json(Path(model).expanduser() / "training.json") or {}
-    if settings and settings.get("dataset") == data.dataset and "data" in training:
-        own = data_arguments(model)
-        if replace(own, dataset_revision=data.dataset_revision) != data:
+    if not (settings and "data" in training):
+        return
+    own = data_arguments(model)
+    paths = [Path(name).expanduser().resolve() for name in (own.dataset, data.dataset)]
+    if own.dataset == data.dataset or (paths[0] == paths[1] and paths[1].is_dir()):
+        if replace(own, dataset=data.dataset, dataset_revision=data.dataset_revision) != data:
             return
         if fingerprint(source) != training["data"]:
             raise UserError(
                 f'The images of "{data.dataset}" are not the images that {model} was trained on, '
                 "so it may have seen test images: restore the dataset, or train again."
             )
-
-
-def _dataset_revision(data: DataArguments) -> str | None:
-    if data.dataset == "digits" or runs.is_local(data.dataset):
-        return None
-    commit = runs.hub_commit("dataset", data.dataset, data.dataset_revision)
-    return commit or data.dataset_revision or "main"  # no commit offline

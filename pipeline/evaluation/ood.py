@@ -32,7 +32,8 @@ SCORES = ("energy", "msp", "mahalanobis")
 TARGET_TPR = 0.95
 DEPTH = 0.5  # the middle layer
 FEATURES = 64  # evenly spaced features of that layer, which keep the published covariance small
-IMAGES = 500  # per OOD dataset
+IMAGES, FEWEST = 500, 20  # per OOD dataset
+BUILTIN = ("handwritten digits", "photographs", "uniform noise", "shuffled patches")
 TILE = 64  # pixels, side of a photograph tile
 GRID = 4  # patches per side of an image whose patches are shuffled
 
@@ -69,7 +70,7 @@ def load_detector(model: str) -> Detector | None:
 
 def measure_ood(
     run: Callable[..., tuple], processor, validation: tuple, test: tuple, images: datasets.Dataset,
-    split: str, dataset: str, others: tuple[str, ...] = (),
+    split: str, dataset: str, others: dict[str, datasets.Dataset],
 ) -> dict:  # fmt: skip
     """Fit a detector for each score, measure them on OOD datasets, and choose the best.
 
@@ -84,7 +85,7 @@ def measure_ood(
         images: The decoded images of that split, which are also used with shuffled patches.
         split: The name of that split.
         dataset: The dataset's name. It is not used as an OOD dataset for itself.
-        others: Further OOD datasets, as folders or Hub ids.
+        others: Further OOD datasets, see `load_others`.
 
     Returns:
         The detector (`score`, `threshold`, `gaussian`), its `pass_rate` on both splits, its false
@@ -97,7 +98,7 @@ def measure_ood(
     part = images.shuffle(seed=0).select(range(min(IMAGES, len(images))))
     outputs["shuffled patches"] = run(part, transform=shuffle_patches)
     builtin = list(outputs)
-    outputs |= {Path(name).name: run(load_images(name, processor)) for name in others}
+    outputs |= {name: run(data) for name, data in others.items()}
 
     # The Gaussian is fit on every second validation image, the threshold on the others.
     gaussian = LedoitWolf().fit(_choose(validation[2])[::2].numpy())
@@ -139,7 +140,8 @@ def auroc(inside: Tensor, outside: Tensor) -> tuple[float, list[float]]:
     ranks = rankdata(torch.cat([inside, outside]))
     # The share of the other group from which each image is separated: (N,) and (M,).
     shares = (ranks[:n] - rankdata(inside)) / m, 1 - (ranks[n:] - rankdata(outside)) / n
-    area, reach = shares[0].mean(), 1.96 * sum(x.var() / len(x) for x in shares) ** 0.5
+    variance = sum(x.var(ddof=int(len(x) > 1)) / len(x) for x in shares)
+    area, reach = shares[0].mean(), 1.96 * variance**0.5
     return float(area), [float(max(0.0, area - reach)), float(min(1.0, area + reach))]
 
 
@@ -156,6 +158,24 @@ def ood_datasets(processor) -> dict[str, datasets.Dataset]:
         "photographs": _decode([Image.fromarray(tile) for tile in tiles], processor),
         "uniform noise": _decode([Image.fromarray(pixels) for pixels in noise], processor),
     }
+
+
+def load_others(sources: tuple[str, ...], split: str, processor) -> dict[str, datasets.Dataset]:
+    """Load a user's OOD datasets, folders or Hub ids, by name; UserError if one can't be used."""
+    taken, others = {*BUILTIN, "validation", split}, {}
+    for source in sources:
+        name = Path(source).name
+        if name in taken:
+            raise UserError(
+                f'There are two OOD datasets or splits of the name "{name}": rename the folder '
+                f'"{source}", or evaluate with one at a time.'
+            )
+        taken.add(name)
+        others[name] = load_images(source, processor)
+        if len(others[name]) < FEWEST:
+            count = len(others[name])
+            raise UserError(f'"{source}" has {count} images; OOD detection needs {FEWEST}.')
+    return others
 
 
 def load_images(name: str, processor) -> datasets.Dataset:

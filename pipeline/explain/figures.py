@@ -11,7 +11,7 @@ from datasets import Dataset
 from PIL import Image
 
 from pipeline import plots
-from pipeline.data.decoding import DecodedImages, open_image
+from pipeline.data.decoding import DecodedImages, content_hash, open_image
 from pipeline.data.transforms import preprocess, visible_part
 from pipeline.errors import UserError
 from pipeline.evaluation.outputs import predict
@@ -19,7 +19,7 @@ from pipeline.explain import attention
 
 BATCH = 16  # images; limits memory: a ViT-B's attentions take 22 MB per image at 224 px
 SHEET = 3  # maximum images on the overview, which a model card shows 700 px wide
-ERRORS = 6  # number of most confident errors to draw
+ERRORS, CLASSES = 6, 20  # how many most confident errors to draw, and correct images
 
 
 @dataclass
@@ -45,10 +45,13 @@ class Example:
 def select_examples(
     labels: list[int], predictions: list[int], confidences: list[float]
 ) -> list[int]:
-    """Return the rows of the first correct image of each class and of the most confident errors."""
+    """Return the rows of the first correct image of a class and of the most confident errors.
+
+    With many classes, only the first CLASSES are shown.
+    """
     labels, predictions = np.asarray(labels), np.asarray(predictions)
     correct = labels == predictions
-    first = [np.flatnonzero(correct & (labels == c))[:1] for c in np.unique(labels)]
+    first = [np.flatnonzero(correct & (labels == c))[:1] for c in np.unique(labels)[:CLASSES]]
     errors = np.flatnonzero(~correct)
     by_confidence = np.argsort(-np.asarray(confidences)[errors], kind="stable")
     return [*np.concatenate(first).tolist(), *errors[by_confidence[:ERRORS]].tolist()]
@@ -67,7 +70,7 @@ def select_rows(model, processor, test: Dataset, results: dict | None, hashes: d
     if (
         results
         and results["model"]["sha256"] == hashes
-        and len(results["predictions"]) == len(test)
+        and results["dataset"]["sha256"] == content_hash(test)
     ):
         return select_examples(test["label"][:], results["predictions"], results["confidences"])
     logits, labels = predict(model, processor, test)
@@ -94,11 +97,13 @@ def examples_from_rows(dataset: Dataset, rows: list[int]) -> list[Example]:
 
 def examples_from_files(paths: list[Path]) -> list[Example]:
     """Return images from files; UserError if one can't be read, before anything is drawn."""
-    names = [_file_name(path.stem) for path in paths]
-    examples = []
-    for i, (name, path) in enumerate(zip(names, paths, strict=True)):
-        number = names[:i].count(name)  # files of one name in several folders
-        examples.append(Example(f"{name}_{number + 1}" if number else name, path))
+    examples, names = [], set()
+    for path in paths:
+        name, number = _file_name(path.stem), 1
+        while (unique := f"{name}_{number}" if number > 1 else name) in names:
+            number += 1  # files of one name in several folders
+        names.add(unique)
+        examples.append(Example(unique, path))
     for example in examples:
         example.open()  # only a check: keeping the images would take memory
     return examples

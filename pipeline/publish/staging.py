@@ -72,6 +72,11 @@ def stage_model(
         files[EVALUATION] = json.dumps(public, indent=1)
         if FAITHFULNESS in files:
             faithfulness = runs.read_json(files[FAITHFULNESS]) | {"model": None}
+            if faithfulness["data"] != results["dataset"]["sha256"]:
+                raise UserError(
+                    f"The attention maps of {model} were measured on other images than its "
+                    f"accuracy: run `make visualize MODEL={model}`."
+                )
             files[FAITHFULNESS] = json.dumps(faithfulness, indent=1)
         facts = provenance.find_license(api, results, license) | {"examples": {}}
         facts["code_url"] = code_url or provenance.find_code_url()

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,10 @@ from PIL import Image
 
 from pipeline.data.loading import load_split
 from pipeline.errors import UserError
-from pipeline.evaluation.evaluate import as_text, evaluate
+from pipeline.evaluation.evaluate import _without, as_text, evaluate
 from pipeline.recipe import DataArguments, load_recipe
 from pipeline.training.train import train
-from samples import ROOT, image_processor
+from samples import ROOT, draw_image, image_processor
 
 DIGITS = DataArguments(dataset="digits")
 
@@ -77,6 +78,25 @@ def test_a_first_look_says_so_and_is_close(model, monkeypatch):
     assert rounded["nll"] == pytest.approx(whole["nll"], abs=0.02)
     assert rounded["accuracy"] == pytest.approx(whole["accuracy"], abs=0.02)
     assert "bfloat16" in as_text(rounded)
+
+
+def test_a_changed_folder_is_noticed_however_it_is_written(image_folder, tiny_recipe, monkeypatch):
+    options = [f"--dataset={image_folder}", "--max_steps=1", "--calibrate=false"]
+    train(load_recipe(tiny_recipe, options, "run"))
+    names = str(image_folder), os.path.relpath(image_folder), f"{image_folder}/../pets"
+    for name in names:
+        assert evaluate("models/run", DataArguments(dataset=name))["dataset"]["images"] == 8
+    draw_image(7).save(image_folder / "train/cat/new.png")
+    for name in names:
+        with pytest.raises(UserError, match="are not the images that models/run was trained on"):
+            evaluate("models/run", DataArguments(dataset=name))
+
+
+def test_without_any_image_left_there_is_no_accuracy():
+    logits, labels = torch.eye(2), torch.tensor([0, 1])
+    assert _without([0], logits, labels)["accuracy"] == 1.0
+    assert _without([0, 1], logits, labels) is None
+    assert _without(None, logits, labels) is None
 
 
 def test_a_dataset_of_other_classes_is_refused(model, image_folder):

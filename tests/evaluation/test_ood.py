@@ -12,7 +12,7 @@ from pipeline.evaluation.outputs import predict
 from pipeline.recipe import DataArguments, load_recipe
 from pipeline.training.model import load_model
 from pipeline.training.train import train
-from samples import image_processor
+from samples import draw_image, image_processor
 
 DIGITS = DataArguments(dataset="digits")
 
@@ -73,6 +73,24 @@ def test_ood_images_are_decoded_at_no_more_than_the_models_size(tmp_path):
     )
     with pytest.raises(UserError, match="Cannot load the OOD dataset"):
         ood.load_images(str(tmp_path / "none"), image_processor(32))
+
+
+def test_ood_datasets_of_a_user_are_checked_before_anything_is_predicted(tmp_path):
+    for name, count in (("a/birds", 20), ("b/birds", 20), ("photographs", 20), ("few", 3)):
+        (tmp_path / name).mkdir(parents=True)
+        for i in range(count):
+            draw_image(i).save(tmp_path / name / f"{i}.png")
+    processor = image_processor(32)
+
+    def load(*names: str) -> dict:
+        return ood.load_others(tuple(str(tmp_path / name) for name in names), "test", processor)
+
+    assert {name: len(data) for name, data in load("a/birds").items()} == {"birds": 20}
+    for names in (("a/birds", "b/birds"), ("photographs",)):
+        with pytest.raises(UserError, match="There are two OOD datasets or splits of the name"):
+            load(*names)
+    with pytest.raises(UserError, match=r"few\" has 3 images; OOD detection needs 20"):
+        load("few")
 
 
 @pytest.mark.slow

@@ -29,6 +29,19 @@ def test_examples_are_one_per_class_and_the_most_confident_errors():
     assert figures.select_examples(labels, predictions, confidences) == [1, 2, 5, 6, 3, 4, 0]
 
 
+def test_of_many_classes_twenty_are_drawn():
+    labels = list(range(1000))
+    assert figures.select_examples(labels, labels, [0.9] * 1000) == list(range(20))
+
+
+def test_files_of_one_name_get_names_of_their_own(here):
+    for path in ("x/a.png", "y/a.png", "z/a_2.png"):
+        (here / path).parent.mkdir()
+        draw_image(0).save(here / path)
+    examples = figures.examples_from_files([here / p for p in ("x/a.png", "y/a.png", "z/a_2.png")])
+    assert [example.name for example in examples] == ["a", "a_2", "a_2_2"]
+
+
 @pytest.mark.parametrize(
     ("logit", "title"), [(0.0, "cat, 50.0%"), (6.0, "cat, 99.8%"), (9.0, "cat, > 99.9%")]
 )

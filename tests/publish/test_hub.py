@@ -307,13 +307,18 @@ def test_results_in_bfloat16_stop_the_push(api, monkeypatch):
 
 
 def test_faithfulness_of_another_model_stops_the_push(api, monkeypatch, capsys):
-    hashes = runs.read_json(RESULTS / "evaluation_results.json")["model"]["sha256"]
+    results = runs.read_json(RESULTS / "evaluation_results.json")
+    hashes, data = results["model"]["sha256"], results["dataset"]["sha256"]
     record_figure("attention_faithfulness.json")
     file = RESULTS / "attention_faithfulness.json"
-    runs.write_json(file, {"sha256": hashes, "images": 5, "methods": {}})
+    runs.write_json(file, {"sha256": hashes, "data": "0" * 64, "images": 5, "methods": {}})
+    with pytest.raises(UserError, match=r"measured on other images .* run `make visualize"):
+        push(monkeypatch, "--dry_run")
+    runs.write_json(file, {"sha256": hashes, "data": data, "images": 5, "methods": {}})
     push(monkeypatch, "--dry_run")
     assert "attention_faithfulness.json" in capsys.readouterr().out
-    runs.write_json(file, {"sha256": hashes | {"config.json": "0" * 64}, "images": 5})
+    other = {"sha256": hashes | {"config.json": "0" * 64}, "data": data, "images": 5}
+    runs.write_json(file, other)
     with pytest.raises(UserError, match=r"belong to the evaluated .*: attention_faithfulness\."):
         push(monkeypatch)
 
