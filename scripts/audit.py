@@ -9,6 +9,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--dataset", help="a Hub id or folder (default: the model's, or CIFAR-10)")
     parser.add_argument("--model", help="a backbone or a fine-tuned model; finds label errors")
+    parser.add_argument("--image_column", help="default: the only image column")
+    parser.add_argument("--label_column", help="default: the only label column")
     parser.add_argument("--image_size", type=int, help="model input size; smaller is faster")
     args = parser.parse_args()
 
@@ -19,9 +21,11 @@ def main() -> None:
     from pipeline.evaluation.audit import as_text, audit, audit_folder
     from pipeline.recipe import DataArguments, data_arguments
 
-    data = DataArguments(**({"dataset": args.dataset} if args.dataset else {}))
+    given = {key: getattr(args, key) for key in ("dataset", "image_column", "label_column")}
+    given = {key: value for key, value in given.items() if value}
+    data = DataArguments(**given)
     if not args.dataset and args.model:
-        data = replace(data_arguments(args.model), max_train_samples=None)
+        data = replace(data_arguments(args.model), max_train_samples=None, **given)
     report, sheets = audit(data, args.model, args.image_size)
     folder = audit_folder(data.dataset)
     runs.write_json(folder / "audit.json", report)

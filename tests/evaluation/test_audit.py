@@ -6,15 +6,19 @@ import sys
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
+import audit as script
 from pipeline.data.sources import load_source
+from pipeline.errors import UserError
 from pipeline.evaluation.audit import as_text, audit, duplicate_rows, label_errors
 from pipeline.evaluation.duplicates import group, near_duplicates
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.recipe import DataArguments
-from samples import ROOT
+from samples import ROOT, draw_image
 
 TILE = 64
 
@@ -146,6 +150,23 @@ def test_an_audit_reports_every_fault(image_folder, here):
     assert {path.name for path in folder.glob("*.png")} == {
         f"near_duplicates{of}.png" for of in ("", "_across_splits", "_of_other_labels")
     }
+
+
+def test_one_of_two_label_columns_can_be_audited(here, monkeypatch, capsys):
+    images = [draw_image(i) for i in range(4)]
+    names = {"fine": ["cat", "dog", "oak", "elm"], "coarse": ["animal", "plant"]}
+    labels = {"fine": [0, 1, 2, 3], "coarse": [0, 0, 1, 1]}
+    features = Features(
+        {"img": ImageFeature()} | {k: ClassLabel(names=v) for k, v in names.items()}
+    )
+    Dataset.from_dict({"img": images} | labels, features).to_parquet(here / "two/train-0.parquet")
+    command = ["audit.py", "--dataset", "two"]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(UserError, match="--label_column"):
+        script.main()
+    monkeypatch.setattr("sys.argv", [*command, "--label_column", "coarse"])
+    script.main()
+    assert "animal" in capsys.readouterr().out
 
 
 @pytest.mark.slow
