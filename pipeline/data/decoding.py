@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import shutil
+import struct
 from contextlib import suppress
 
 import datasets
@@ -21,6 +22,11 @@ from pipeline.data.transforms import fit_image, resize_options
 from pipeline.errors import UserError
 from pipeline.runs import print_once
 
+# What Pillow raises for a damaged image: the last two for some EXIF tags and AVIF.
+DAMAGE = (
+    OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError, struct.error,
+    RuntimeError,
+)  # fmt: skip
 VERSION = 2  # part of the cache key: increment it when the decoded pixels change
 BATCH = 100  # undecoded images held in memory
 HASH_BATCH = 1000  # decoded images
@@ -47,7 +53,7 @@ def open_image(source: bytes | str | os.PathLike | dict | None, name: str) -> Im
         if image.mode in ("I", "F"):
             raise ValueError("32-bit gray has no fixed range of values: convert to 8 or 16 bits")
         return image if image.mode == "RGB" else image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+    except DAMAGE as error:
         path = f" ({source['path']})" if isinstance(source, dict) and source["path"] else ""
         reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
         problem = f"{name}{path} cannot be decoded ({reason}); remove or replace it."

@@ -31,6 +31,7 @@ UNREADABLE -= READABLE  # a Pillow plugin may read them
 IMAGES = READABLE | UNREADABLE
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # found without an extension
 TABLES = {".csv", ".tsv", ".jsonl", ".parquet"}
+SYSTEM = {"__MACOSX", "__pycache__"}  # folders that no user put there
 ARCHIVES = {".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst", ".tar"}
 OTHERS = {".arrow", ".txt", ".xml", ".json", ".md", ".npy", ".yaml", *TABLES, *ARCHIVES}
 
@@ -102,7 +103,7 @@ def walk(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
 def list_files(root: Path) -> list[Path]:
     """Return all files below a folder, also in linked folders, sorted and relative to it."""
     found = [path.relative_to(root) for path in walk(root)]
-    found = [path for path in found if not any(part.startswith("__") for part in path.parts)]
+    found = [path for path in found if not SYSTEM & {*path.parts}]
     folders = {path for path in found if (root / path).is_dir()}
     files = sorted(set(found) - folders)
     broken = [path for path in files if not (root / path).exists()]
@@ -155,6 +156,11 @@ def _sort_into_splits(root: Path, paths: list[Path]) -> list[_ImageFile]:
 
 def _label(root: Path, images: list[_ImageFile], tables: list[Path], column: str | None) -> None:
     """Label images from the tables that list them, or from their class folders."""
+    if forms := [path for path in tables if "submission" in path.stem.lower()]:
+        raise UserError(
+            f"{forms[0]} looks like a form for predictions, whose labels are placeholders: remove "
+            "it, or rename it if its labels are true."
+        )
     used = [path for path in tables if _read_rows(root, images, path)]
     if not used and not any(image.folder for image in images):
         beside = sorted(path for path in root.parent.iterdir() if path.suffix.lower() in TABLES)
@@ -210,7 +216,9 @@ def _read_rows(root: Path, images: list[_ImageFile], path: Path) -> bool:
         return list((found or {}).values())
 
     hits = {column: sum(bool(find(name)) for name in table[column]) for column in table.columns}
-    file_column = "file_name" if "file_name" in hits else max(hits, key=hits.get, default=None)
+    # Of columns that match equally, the one with more different values: 0 and 1 may be stems too.
+    ranks = {column: (count, table[column].nunique()) for column, count in hits.items()}
+    file_column = "file_name" if "file_name" in hits else max(ranks, key=ranks.get, default=None)
     if not hits or not hits[file_column] or 2 * hits[file_column] < len(table):
         return False
     split_column = next((column for column in hits if column.lower() == "split"), None)

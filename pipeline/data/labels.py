@@ -60,10 +60,10 @@ def class_names(dataset: Dataset | IterableDataset, column: str) -> list[str]:
     if isinstance(kind, ClassLabel):
         return kind.names
     names = {class_name(value) for value in count_values(dataset, column)} - {None}
-    if {"-1", "0"} <= names and kind != Value("string"):
+    if "-1" in names and names != {"-1", "1"} and "string" not in kind.dtype:
         raise UserError(
-            f'The column "{column}" contains both -1 and 0, and -1 often means "no label": remove '
-            "those rows, or use class names instead of numbers."
+            f'The column "{column}" contains -1 beside other numbers, and -1 often means "no '
+            'label": remove those rows, or use class names instead of numbers.'
         )
     return sorted(names, key=_natural_order)
 

@@ -76,6 +76,11 @@ def load_raw(data: DataArguments | Source) -> DatasetDict:
             "model that was trained without --streaming."
         )
     for role, split in source.splits.items():
+        if source.image not in split.column_names:
+            raise UserError(
+                f'The split "{source.roles[role]}" of "{source.data.dataset}" has no column '
+                f'"{source.image}", only {", ".join(split.column_names)}: rename one.'
+            )
         codes = np.full(len(split), MISSING)
         if source.label in split.column_names:
             values, kind = split.with_format("arrow")[source.label][:], split.features[source.label]

@@ -3,6 +3,8 @@
 import glob
 import os
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -10,7 +12,9 @@ from pathlib import Path
 import datasets
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset
 from huggingface_hub import HfFileSystem, metadata_load
 from PIL import Image
@@ -78,14 +82,19 @@ def digits() -> Dataset:
 
 def _load_folder(root: Path, data: DataArguments) -> dict:
     """Return the splits of a folder, as its README defines them, or otherwise by its files."""
-    readme = root / "README.md"
-    settings = (metadata_load(readme) or {}) if readme.is_file() else {}
+    readme, settings = root / "README.md", {}
+    if readme.is_file():
+        try:
+            settings = metadata_load(readme) or {}
+        except (ValueError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"Cannot read the header of {readme}: {reason}") from None
     if {"configs", "dataset_info"} & settings.keys():
         return _load_published(str(root), data)
     if data.dataset_config is not None:
         raise UserError(f'"{root}" has no configurations: remove --dataset_config.')
     if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
-        saved = datasets.load_from_disk(str(root))
+        saved = datasets.load_from_disk(str(root)).with_format(None)
         return saved if isinstance(saved, DatasetDict) else {"train": saved}
     files, splits, kinds = list_files(root), defaultdict(list), set()
     images = [path for path in files if is_image(root, path)]
@@ -110,12 +119,13 @@ def _load_folder(root: Path, data: DataArguments) -> dict:
             "them with train-, validation- or test-."
         )
     splits = {split or "train": paths for split, paths in splits.items()}
-    return _load_files(kinds.pop(), splits, data.streaming)
+    with _explained(data.dataset):
+        return _load_files(kinds.pop(), splits, data.streaming)
 
 
 def _load_published(name: str, data: DataArguments) -> dict:
     """Load all splits as `datasets` does."""
-    try:
+    with _explained(data.dataset):
         builder = datasets.load_dataset_builder(
             name, data.dataset_config, revision=data.dataset_revision
         )
@@ -125,16 +135,31 @@ def _load_published(name: str, data: DataArguments) -> dict:
                 raise UserError(f"{shorten(both)} is in two splits, {one} and {other}: keep one.")
         if data.dataset_config is None:
             _check_all_used(name, files)
-        first = [paths[0] for paths in files.values() if paths[0].endswith(".parquet")]
-        if len(first) > 1 and _numbers_differ(first):  # `datasets` does not notice
+        # A remote file's footer takes a request: compare only the first of each split.
+        compared = [paths[:1] if "://" in paths[0] else paths for paths in files.values()]
+        parquet = [path for paths in compared for path in paths if path.endswith(".parquet")]
+        if _numbers_differ(parquet):  # `datasets` does not notice
             return _load_files("parquet", files, data.streaming)
+        declared = _class_names(builder.info.features or {})
+        for column, names in (_stored_names(parquet[0]) if parquet else {}).items():
+            if declared.get(column, names) != names:
+                raise UserError(
+                    f'The README of "{data.dataset}" and {parquet[0]} number the classes of the '
+                    f'column "{column}" differently: correct one.'
+                )
         if data.streaming:
             return builder.as_streaming_dataset()
         builder.download_and_prepare()
         return builder.as_dataset()
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    try:
+        yield
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         reason = next(iter(str(error).strip().splitlines()), repr(error))
-        raise UserError(f'Cannot load the dataset "{data.dataset}": {reason}') from None
+        raise UserError(f'Cannot load the dataset "{name}": {reason}') from None
 
 
 def _load_files(kind: str, files: dict[str, list[str]], streaming: bool) -> dict:
@@ -142,7 +167,7 @@ def _load_files(kind: str, files: dict[str, list[str]], streaming: bool) -> dict
     splits = {}
     for split, paths in files.items():
         is_local = "://" not in paths[0]  # a remote footer takes a request each
-        if kind == "parquet" and is_local and _numbers_differ(paths):
+        if kind in ("parquet", "arrow") and is_local and _numbers_differ(paths):
             raise UserError(
                 f'The files of the split "{split}" number their classes differently: '
                 f"{shorten(paths)}. Write them with the same ClassLabel."
@@ -155,13 +180,25 @@ def _load_files(kind: str, files: dict[str, list[str]], streaming: bool) -> dict
 
 
 def _numbers_differ(paths: list[str]) -> bool:
-    """Return whether parquet files number their classes differently, according to their footers."""
-    seen = []
-    for path in paths:
-        with fsspec.open(path, "rb") as file:
-            kinds = Features.from_arrow_schema(pq.read_schema(file)).items()
-        seen.append({name: kind.names for name, kind in kinds if isinstance(kind, ClassLabel)})
+    """Return whether files number their classes differently, according to their schemas."""
+    seen = [_stored_names(path) for path in paths]
     return any(names != seen[0] for names in seen)
+
+
+def _stored_names(path: str) -> dict[str, list[str]]:
+    """Return the class names that a parquet or Arrow file stores, by column."""
+    with fsspec.open(path, "rb") as file:
+        if path.endswith(".parquet"):
+            schema = pq.read_schema(file)
+        else:
+            is_file = file.read(6) == b"ARROW1"
+            file.seek(0)
+            schema = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(file).schema
+    return _class_names(Features.from_arrow_schema(schema))
+
+
+def _class_names(features: Features) -> dict[str, list[str]]:
+    return {name: kind.names for name, kind in features.items() if isinstance(kind, ClassLabel)}
 
 
 def _check_all_used(name: str, files: dict[str, list[str]]) -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 import datasets
 import pyarrow as pa
 import pytest
-from datasets import ClassLabel, Value
+from datasets import ClassLabel, Features, Value
 
 from layouts import files, parquet
 from pipeline.data.labels import encode
@@ -81,9 +81,39 @@ def test_a_test_split_without_a_label_column_does_not_either(tmp_path):
         load_split(data, "test", image_processor())
 
 
+def test_files_of_one_split_that_number_their_classes_differently_are_refused(tmp_path):
+    for name in ("configs", "declared", "saved"):
+        folder = tmp_path / name
+        for number, names in enumerate((["cat", "dog"], ["dog", "cat"])):
+            kind, labels = ClassLabel(names=names), [0, 1] * 6
+            if name == "saved":
+                images = [{"bytes": file, "path": None} for _, file in files(seed=50 * number)]
+                columns = {"image": images, "label": labels}
+                features = Features({"image": datasets.Image(), "label": kind})
+                part = datasets.Dataset.from_dict(columns, features=features)
+                part.save_to_disk(folder / f"part{number}")
+            elif name == "configs" or number == 0:
+                parquet(folder / f"train-{number}.parquet", files(seed=50 * number), kind, labels)
+    paths = "configs:\n- config_name: a\n  data_files: [{split: train, path: '*.parquet'}]\n"
+    (tmp_path / "configs/README.md").write_text(f"---\n{paths}---\n")
+    order = "{class_label: {names: {'0': dog, '1': cat}}}"
+    (tmp_path / "declared/README.md").write_text(
+        f"---\ndataset_info:\n  config_name: a\n  features:\n  - {{name: image, dtype: image}}\n"
+        f"  - {{name: label, dtype: {order}}}\n{paths}---\n"
+    )
+    for name, message in (
+        ("configs", "number their classes differently"),
+        ("declared", 'number the classes of the column "label" differently'),
+        ("saved", "number their classes differently"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_raw(DataArguments(dataset=str(tmp_path / name), validation_size=0.25))
+
+
 def test_minus_one_beside_other_numbers_is_refused(tmp_path):
-    with pytest.raises(UserError, match='column "label" contains both -1 and 0'):
-        load_raw(write(tmp_path, Value("int64"), [-1, 0, 1, 2] * 5))
+    for labels in ([-1, 0, 1, 2], [-1, 1, 2, 3]):
+        with pytest.raises(UserError, match='column "label" contains -1 beside other numbers'):
+            load_raw(write(tmp_path, Value("int64"), labels * 5))
 
 
 @pytest.mark.parametrize(

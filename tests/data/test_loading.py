@@ -223,6 +223,59 @@ def test_a_split_that_is_not_there(image_folder):
         load(image_folder, test_split="holdout")
 
 
+def test_a_folder_that_can_not_be_read_is_one_sentence(tmp_path):
+    columns, features = pets()
+    for split, names in (("train", ("photo",)), ("test", ("picture",))):
+        renamed = {"photo": names[0]}
+        write_parquet(
+            tmp_path / "columns",
+            {renamed.get(key, key): value for key, value in columns.items()},
+            {renamed.get(key, key): value for key, value in features.items()},
+            split,
+        )
+    write_parquet(tmp_path / "cut", columns, features)
+    file = next((tmp_path / "cut").rglob("*.parquet"))
+    file.write_bytes(file.read_bytes()[:-20])
+    write_parquet(tmp_path / "header", columns, features)
+    (tmp_path / "header/README.md").write_text("---\nconfigs: [\n---\n")
+    for name, message in (
+        ("columns", r'The split "test" of .* has no column "photo", only'),
+        ("cut", "Cannot load the dataset"),
+        ("header", "Cannot read the header of"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load(tmp_path / name)
+
+
+def test_a_form_for_predictions_is_not_taken_for_labels(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        for i in range(12):
+            draw_image(i + 100 * (split == "test")).save(tmp_path / split / f"{split}{i}.png")
+    rows = "".join(f"train{i}.png,{i % 2}\n" for i in range(12))
+    (tmp_path / "train_labels.csv").write_text("id,label\n" + rows)
+    rows = "".join(f"test{i}.png,0\n" for i in range(12))
+    (tmp_path / "sample_submission.csv").write_text("id,label\n" + rows)
+    with pytest.raises(UserError, match="looks like a form for predictions"):
+        load(tmp_path, "train")
+
+
+def test_a_class_may_begin_with_underscores_and_a_label_stand_first(tmp_path):
+    for name in ("cat", "__background__"):
+        (tmp_path / "folders" / name).mkdir(parents=True)
+        for i in range(10):
+            draw_image(i + 50 * (name == "cat")).save(tmp_path / "folders" / name / f"{i}.png")
+    train = load(tmp_path / "folders", "train", validation_size=0.2)["train"]
+    assert train.features["label"].names == ["__background__", "cat"]
+    (tmp_path / "table").mkdir()
+    for i in range(12):
+        draw_image(i).save(tmp_path / "table" / f"{i}.png")
+    rows = "".join(f"{i % 2},{i}\n" for i in range(12))
+    (tmp_path / "table/labels.csv").write_text("label,id\n" + rows)
+    splits = load(tmp_path / "table", validation_size=0.2)
+    assert sum(map(len, splits.values())) == 12
+
+
 def test_too_few_images_to_split(tmp_path):
     with pytest.raises(UserError, match="Cannot split 20% .* off for test: no class has two"):
         load(write_parquet(tmp_path, *pets(count=2)))
