@@ -81,10 +81,7 @@ class ModelArguments:
 
     def __post_init__(self):
         self.model_config = _parse(self.model_config)
-        schedule = _parse(self.image_size_schedule)
-        if isinstance(schedule, dict):  # JSON has no other keys
-            schedule = {str(share): size for share, size in schedule.items()}
-        self.image_size_schedule = schedule
+        self.image_size_schedule = _parse(self.image_size_schedule)
         if self.model_config is not None:
             self.model = self.model_revision = None
 
@@ -161,8 +158,9 @@ class Recipe:
 
 
 def _parse(value):
-    """Parse a mapping given on the command line as YAML or JSON."""
-    return yaml.safe_load(value) if isinstance(value, str) else value
+    """Parse a mapping given on the command line as YAML; keys become strings, as in JSON."""
+    value = yaml.safe_load(value) if isinstance(value, str) else value
+    return {str(key): v for key, v in value.items()} if isinstance(value, dict) else value
 
 
 class _Parser(HfArgumentParser):
@@ -192,11 +190,15 @@ def load_recipe(name: str, overrides: list[str] = (), run: str | None = None) ->
     check_keys(list(given), set(RECIPE_DEFAULTS))
 
     parser = _Parser((*RECIPE_GROUPS, TrainingArguments), allow_abbrev=False)
-    streaming = str((settings | given).get("streaming")).lower() in ("true", "yes", "1")
+    first = _Parser(DataArguments, allow_abbrev=False)
+    first.set_defaults(streaming=str(settings.get("streaming", False)))
+    options = {"args": overrides, "return_remaining_strings": True}
+    streaming = first.parse_args_into_dataclasses(**options)[0].streaming
     settings = DEFAULTS | (STREAMING_DEFAULTS if streaming else {}) | settings
     # Our columns are not the model's. The filter would sync with the device at every step, and
     # would hide a diverged loss in the logs.
     fixed = {"remove_unused_columns": False, "logging_nan_inf_filter": False}
+    fixed["restore_callback_states_from_checkpoint"] = True  # early stopping counts on
     if not torch.accelerator.is_available():
         fixed["use_cpu"] = True  # otherwise TrainingArguments rejects bf16
     elif "accelerator_config" not in settings:  # copy a batch while the device computes

@@ -1,6 +1,7 @@
 """Check a recipe's keys and values before anything is loaded. Each error names the key."""
 
 import difflib
+import math
 from dataclasses import fields
 from importlib.util import find_spec
 
@@ -23,7 +24,10 @@ ALIASES = {
     "patience": "early_stopping_patience",
 }
 # Set by the pipeline itself; the reasons are given where they are set.
-FIXED_KEYS = {"output_dir", "remove_unused_columns", "logging_nan_inf_filter"}
+FIXED_KEYS = {
+    "output_dir", "remove_unused_columns", "logging_nan_inf_filter", "prediction_loss_only",
+    "resume_from_checkpoint", "restore_callback_states_from_checkpoint", "save_only_model",
+}  # fmt: skip
 # Training keys that a recipe from the Hub may set: none that affects this machine or the Hub.
 HUB_TRAINING_KEYS = {
     "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
@@ -83,6 +87,8 @@ def check_keys(keys: list[str], own_keys: set[str], from_hub: bool = False) -> N
                 f'A recipe can\'t set "{key}": the Trainer would publish unverified weights. '
                 "Use `make push`."
             )
+        if key in FIXED_KEYS:
+            raise UserError(f'A recipe can\'t set "{key}": this pipeline sets it.')
         if key not in known:
             near = [ALIASES[key]] if key in ALIASES else difflib.get_close_matches(key, known, n=1)
             hint = f'; did you mean "{near[0]}"?' if near else "."
@@ -117,17 +123,31 @@ def check_values(recipe) -> None:
             )
     if objective.early_stopping_patience and not args.load_best_model_at_end:
         raise UserError("early_stopping_patience needs load_best_model_at_end: true.")
-    if isinstance(objective.class_weights, str) and objective.class_weights != "balanced":
+    in_steps = args.load_best_model_at_end and args.eval_strategy == args.save_strategy == "steps"
+    if in_steps and args.save_steps != args.eval_steps:
         raise UserError(
-            f'class_weights is "{objective.class_weights}"; use balanced, or a weight for each '
-            "class name, such as {cat: 2.0}."
+            f"save_steps is {args.save_steps} and eval_steps {args.eval_steps}: make them equal, "
+            "so that the best weights are saved."
         )
+    _check_class_weights(objective.class_weights)
     if model.image_size_schedule is not None:
         _check_schedule(model.image_size_schedule, model.image_size)
     if data.streaming:
         _check_streaming(objective, args)
     if model.model_config is not None:
         _check_model_config(model.model_config)
+
+
+def _check_class_weights(weights) -> None:
+    values = weights.values() if isinstance(weights, dict) else [] if weights is None else [weights]
+    if weights != "balanced" and not all(
+        type(value) in (int, float) and 0 <= value < math.inf and isinstance(weights, dict)
+        for value in values
+    ):
+        raise UserError(
+            f"class_weights is {weights}; use balanced, or a weight of 0 or more for each class "
+            "name, such as {cat: 2.0}."
+        )
 
 
 def _check_schedule(schedule: dict, image_size: int) -> None:

@@ -72,7 +72,17 @@ def test_a_number_written_without_a_point_is_a_number(tmp_path):
         (["--report_to=wandbb"], 'report_to is "wandbb", but the package is not installed'),
         (["--push_to_hub"], "`make push`"),
         (["--hub_model_id=x/y"], "`make push`"),
-        (["--class_weights=even"], 'class_weights is "even"; use balanced'),
+        (["--class_weights=even"], "class_weights is even; use balanced"),
+        (["--class_weights={cat: -1}"], "class_weights is {'cat': -1}; use balanced"),
+        (["--class_weights={cat: null}"], "a weight of 0 or more for each class name"),
+        (["--class_weights=[1, 2]"], "class_weights is [1, 2]"),
+        (["--class_weights=2"], "class_weights is 2"),
+        (
+            ["--save_steps=10", "--eval_steps=5"],
+            "save_steps is 10 and eval_steps 5: make",
+        ),
+        (["--save_only_model"], 'can\'t set "save_only_model": this pipeline sets it'),
+        (["--resume_from_checkpoint=x"], 'can\'t set "resume_from_checkpoint"'),
         (
             ["--early_stopping_patience=2", "--load_best_model_at_end=false"],
             "needs load_best_model_at_end",
@@ -121,6 +131,14 @@ def test_streaming_defaults_follow_the_command_line(tmp_path):
     assert load_recipe(str(tmp_path / "r.yaml")).training.save_strategy == "steps"
     plain = load_recipe(str(tmp_path / "r.yaml"), ["--streaming=false"])
     assert plain.training.save_strategy == "epoch"
+    (tmp_path / "r.yaml").write_text("max_steps: 10\n")
+    for options in (["--streaming"], ["--streaming", "true"], ["--streaming=t"], ["--streaming=Y"]):
+        assert load_recipe(str(tmp_path / "r.yaml"), options).training.save_steps == 0.1
+
+
+def test_class_names_may_be_numbers():
+    weights = load_recipe("demo", ["--class_weights={3: 2.0}"]).objective.class_weights
+    assert weights == {"3": 2.0}
 
 
 def test_a_recipe_from_the_hub_sets_what_is_learned_and_nothing_else():

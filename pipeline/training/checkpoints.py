@@ -26,8 +26,9 @@ def restore(model: PreTrainedModel, checkpoint: str | os.PathLike) -> None:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the newest complete checkpoint; incomplete ones are skipped with a warning."""
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    for checkpoint in reversed(checkpoints):
+    numbers = (path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*"))
+    for number in sorted((int(n) for n in numbers if n.isdecimal()), reverse=True):
+        checkpoint = folder / f"checkpoint-{number}"
         if _is_complete(checkpoint):
             return checkpoint
         print(f"Skipping {checkpoint}: it is incomplete.")

@@ -88,6 +88,11 @@ def _train(recipe: Recipe, restart: bool, is_main: bool) -> dict:
 def build_trainer(recipe: Recipe) -> ImageTrainer:
     """Decode the recipe's data and build its model, ready to train. Raises as `train` does."""
     args, data = recipe.training, recipe.data
+    if args.n_gpu > 1:  # the Trainer would use DataParallel, and scale our loss
+        raise UserError(
+            f"This host has {args.n_gpu} GPUs, and one process uses one: start NPROC={args.n_gpu} "
+            "processes, or choose a GPU with CUDA_VISIBLE_DEVICES=0."
+        )
     if args.bf16 and not runs.has_fast_bfloat16():
         args.bf16, args.mixed_precision = False, "no"
         print("This machine only emulates bfloat16: training in float32.")

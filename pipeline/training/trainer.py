@@ -7,7 +7,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from sklearn.utils.class_weight import compute_class_weight
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer
 from transformers.trainer_callback import ProgressCallback
@@ -146,10 +145,9 @@ class ImageTrainer(Trainer):
         if weights is None:
             return None
         if weights == "balanced":
-            labels = np.asarray(train_set["label"][:])
-            return torch.tensor(
-                compute_class_weight("balanced", classes=np.arange(len(names)), y=labels)
-            ).float()
+            counts = np.bincount(train_set["label"][:], minlength=len(names))
+            shares = len(train_set) / ((counts > 0).sum() * np.maximum(counts, 1))
+            return torch.tensor(shares * (counts > 0)).float()
         if unknown := sorted(weights.keys() - names.keys()):
             raise UserError(
                 f'class_weights names an unknown class "{unknown[0]}"; use {", ".join(names)}.'

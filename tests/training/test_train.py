@@ -15,6 +15,7 @@ from pipeline import runs
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.recipe import load_recipe
+from pipeline.training.callbacks import StopOnSignal
 from pipeline.training.checkpoints import last_checkpoint
 from pipeline.training.train import build_trainer, train
 from samples import ROOT, draw_image
@@ -117,6 +118,30 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_advice(tiny_recipe):
         train(load_recipe(tiny_recipe, options, "run"))
 
 
+def test_several_gpus_in_one_process_are_refused(tiny_recipe, monkeypatch):
+    recipe = load_recipe(tiny_recipe, [], "run")
+    monkeypatch.setattr(type(recipe.training), "n_gpu", 2)
+    with pytest.raises(UserError, match=r"has 2 GPUs, .* start NPROC=2"):
+        train(recipe)
+
+
+@pytest.mark.slow
+def test_early_stopping_counts_on_after_a_resume(tiny_recipe, monkeypatch):
+    options = ["--early_stopping_patience=2", "--learning_rate=1e-9", "--num_train_epochs=9"]
+    recipe = load_recipe(tiny_recipe, options, "run")
+    stop = StopOnSignal.on_step_end
+
+    def stop_in_epoch_three(self, args, state, control, **kwargs):
+        self.received = state.epoch > 2.1
+        return stop(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(StopOnSignal, "on_step_end", stop_in_epoch_three)
+    with pytest.raises(UserError, match="Stopped by a signal"):
+        train(recipe)
+    monkeypatch.undo()
+    assert train(load_recipe(tiny_recipe, options, "run"))["epochs"] == 3
+
+
 @pytest.mark.slow
 def test_training_ends_early_where_validation_does_not_improve(tiny_recipe):
     options = ["--early_stopping_patience=2", "--learning_rate=1e-9", "--num_train_epochs=9"]
@@ -146,9 +171,10 @@ def test_without_reloading_the_best_the_accuracy_is_that_of_the_last_weights(tin
 
 
 def test_checkpoints_must_be_validated_to_pick_the_best(tiny_recipe):
-    options = ["--eval_strategy=steps", "--eval_steps=5", "--save_strategy=steps", "--save_steps=7"]
-    with pytest.raises(UserError, match="saving steps to be a round multiple of the evaluation"):
-        load_recipe(tiny_recipe, options)
+    options = ["--eval_strategy=steps", "--eval_steps=5", "--save_strategy=steps"]
+    for steps, message in ((7, "round multiple of the evaluation"), (10, "make them equal")):
+        with pytest.raises(UserError, match=message):
+            load_recipe(tiny_recipe, [*options, f"--save_steps={steps}"])
 
 
 def test_class_weights_are_balanced_or_by_name(tiny_recipe):
