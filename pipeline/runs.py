@@ -156,8 +156,8 @@ def record_files(
 
     Args:
         folder: `results/<run>`.
-        files: Paths below `folder`. The value is the origin of the images that a file shows:
-            "dataset", "user", or None if it shows none.
+        files: Paths below `folder`. The value is the origin of the images that a file shows: the
+            `content_hash` of a decoded split, "user", or None if it shows none.
         weights: SHA-256 of the weights the files were made from.
         replace: Entries below this subfolder that are not in `files` are removed, with their files.
     """

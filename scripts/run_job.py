@@ -25,7 +25,8 @@ def main() -> None:
     # Imported after parsing, since these imports take seconds.
     from pipeline.publish import job as jobs
     from pipeline.publish.connection import connect, hub_errors
-    from pipeline.publish.provenance import find_code_url
+    from pipeline.publish.hub import Repository
+    from pipeline.publish.provenance import find_code_url, find_license
     from pipeline.recipe import load_recipe
 
     api = connect()
@@ -36,6 +37,10 @@ def main() -> None:
         job = jobs.plan(
             api, recipe, args.recipe, overrides, args.repo, args.flavor, args.timeout, push_args
         )
+        # What `make push` would refuse in the end.
+        backbone = {"model": recipe.model.model, "model_revision": recipe.model.model_revision}
+        find_license(api, {"recipe": backbone}, args.license)
+        Repository(api, args.repo).check_access()
         print(
             f"Machine     {job.flavor}, ${job.price:.2f} per hour, at most "
             f"${job.price * job.hours:.2f} in {job.timeout}\n"

@@ -35,6 +35,7 @@ def main() -> None:
     model = model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     hashes = runs.model_hashes(name)
     folder = runs.results_folder(name)
+    test = None
     if not args.images or args.rows or args.faithfulness != 0:
         data = data_arguments(name, args.dataset)
         test = load_split(data, "test", processor, names=list(model.config.id2label.values()))
@@ -51,7 +52,8 @@ def main() -> None:
     files = figures.draw(
         model, processor, examples, folder / "visualizations", args.layer, args.head, args.target
     )
-    entries = {file.relative_to(folder).as_posix(): owner for file, owner in files.items()}
+    origins = {"user": "user", "dataset": test and content_hash(test)}
+    entries = {file.relative_to(folder).as_posix(): origins[o] for file, o in files.items()}
     weights = hashes["model.safetensors"]
     runs.record_files(folder, entries, weights, replace="visualizations")
     runs.link_results(folder, "visualizations")
@@ -60,7 +62,7 @@ def main() -> None:
     if args.faithfulness != 0:
         results = faithfulness.measure_faithfulness(model, processor, test, count, args.head)
         path = folder / "attention_faithfulness.json"
-        origin = {"model": name, "sha256": hashes, "data": content_hash(test)}
+        origin = {"model": name, "sha256": hashes, "data": origins["dataset"]}
         runs.write_json(path, results | origin)
         plots.faithfulness_curves(results["curves"], path.with_suffix(".png"))
         runs.record_files(folder, {path.name: None, path.stem + ".png": None}, weights)

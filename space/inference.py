@@ -3,6 +3,7 @@
 import hashlib
 import io
 import statistics
+import struct
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from loading import UserError, attention
 
 EXAMPLES = sorted((Path(__file__).parent / "examples").glob("*.png"))
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # not EPS, which runs programs
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, MemoryError, RuntimeError, struct.error)
 MAX_BYTES = 20 * 2**20
 MIN_SIDE, MAX_PIXELS = 8, 50_000_000  # 200 MB when decoded
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns
@@ -77,8 +79,15 @@ class Classifier:
         """Predict an upright RGB image in one forward pass, with all maps except relevance."""
         pixels = self.processor(image, return_tensors="pt")["pixel_values"]
         if self.processor.do_center_crop:
-            share = self.processor.crop_size["height"] / self.processor.size["shortest_edge"]
-            image = ImageOps.fit(image, (min(image.size),) * 2, bleed=(1 - share) / 2)
+            size, (width, height) = self.processor.size, image.size
+            share = self.processor.crop_size["height"] / (
+                size.get("shortest_edge") or size["height"]
+            )
+            if size.get("shortest_edge"):
+                image = ImageOps.fit(image, (min(image.size),) * 2, bleed=(1 - share) / 2)
+            else:  # squashed to a square before the crop
+                left, top = width * (1 - share) / 2, height * (1 - share) / 2
+                image = image.crop(tuple(map(round, (left, top, width - left, height - top))))
         picture = ImageOps.contain(image, (min(MAX_SHOWN, max(image.size)),) * 2)
         with self.lock:
             maps, features = self.compute(pixels)
@@ -158,6 +167,6 @@ def open_picture(data: bytes) -> Image.Image:
                 return image.copy()
     except Image.UnidentifiedImageError:
         raise UserError(f"The file is not a picture in {', '.join(FORMATS)} format.") from None
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:  # or a UserError
+    except DAMAGE as error:  # or a UserError
         broken = UserError("The picture is damaged or incomplete: upload another copy.")
         raise error if isinstance(error, UserError) else broken from None

@@ -122,14 +122,20 @@ def choose_precision(model, batches: tuple[Tensor, ...]) -> tuple[nn.Module, str
     if "SPACES_ZERO_GPU" in os.environ:  # there is no GPU to measure on at startup
         return model, "float32"
     copies = {"float32": model}  # all heads stay in float32: rounding them changes logits most
+    heads = [name for name, layer in model.named_children() if isinstance(layer, nn.Linear)]
     # A CPU that emulates bfloat16 would take minutes per picture.
     if DEVICE.type == "cuda" or any(map(torch.cpu.get_capabilities().get, FAST_BFLOAT16)):
         copies["bfloat16"] = rounded = copy.deepcopy(model).bfloat16()
-        rounded.classifier.float().register_forward_pre_hook(lambda _, x: (x[0].float(),))
+        for name in heads:
+            rounded.get_submodule(name).float().register_forward_pre_hook(
+                lambda _, x: (x[0].float(),)
+            )
     if DEVICE.type == "cpu":  # one scale per output channel; activations are scaled dynamically
         with warnings.catch_warnings(action="ignore"):  # its successor, torchao, needs a compiler
             quantized = quantize_dynamic(model, {nn.Linear: per_channel_dynamic_qconfig})
-        copies["int8"], quantized.classifier = quantized, model.classifier
+        copies["int8"] = quantized
+        for name in heads:
+            setattr(quantized, name, model.get_submodule(name))
     for name in {*copies} - {"float32"} if model.config.model_type == "vit" else ():
         # The head reads only [CLS], so the last layer's MLP can skip the other tokens.
         copies[name].vit.layers[-1].mlp.register_forward_pre_hook(lambda _, x: (x[0][:, :1],))

@@ -4,6 +4,8 @@ See https://huggingface.co/docs/hub/model-cards for the metadata.
 """
 
 import difflib
+import json
+import re
 from itertools import islice
 from pathlib import Path
 
@@ -26,7 +28,7 @@ def render(results: dict, repo: str, publication: dict, faithfulness: dict | Non
         faithfulness: The content of `attention_faithfulness.json`.
     """
     facts = {"results": results, "publication": publication, "faithfulness": faithfulness}
-    functions = {"percent": percent, "short_name": short_name}
+    functions = {"percent": percent, "short_name": short_name, "plain": plain, "as_json": as_json}
     card = ModelCard.from_template(
         ModelCardData(), template_path=TEMPLATE, repo=repo, **facts, **functions
     )
@@ -43,6 +45,16 @@ def mismatches(text: str, expected: str) -> list[str]:
 def percent(ratio: float) -> str:
     """Format a ratio as a percentage: 0.953 as "95.30 %"."""
     return f"{100 * ratio:.2f} %"
+
+
+def plain(text: str) -> str:
+    """Return text as one line of Markdown that shows it literally."""
+    return re.sub(r"([\\`*_\[\]<>|&])", r"\\\1", " ".join(text.split()))
+
+
+def as_json(value) -> str:
+    """Return a value as JSON, which YAML includes; emoji stay one character."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def short_name(name: str) -> str:

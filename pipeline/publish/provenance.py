@@ -94,8 +94,8 @@ def find_license(api: HfApi, results: dict, license: str | None) -> dict[str, st
         return {"license": license}
     if not backbone:
         raise UserError(
-            "The weights were trained from scratch: set the license that you publish them under, "
-            'such as ARGS="--license apache-2.0".'
+            f"The weights {'were trained from scratch' if recipe else 'have no recipe.yaml'}: set "
+            'the license that you publish them under, such as ARGS="--license apache-2.0".'
         )
     with hub_errors(api, backbone), suppress(RepositoryNotFoundError):
         info = retry(api.model_info, backbone, revision=revision) if revision else None
@@ -142,10 +142,16 @@ def default_name(api: HfApi, model: Path) -> str:
 
 def record_push(model: Path, endpoint: str, repo: str, commit: str) -> None:
     """Save where a model was published, in its run's results."""
-    file = runs.results_folder(str(model)) / RECORD
-    record = runs.read_json(file) or {}
-    space = record.get("space") if record.get("repo") == repo else None
-    runs.write_json(file, {"endpoint": endpoint, "repo": repo, "commit": commit, "space": space})
+    folder, entry = runs.results_folder(str(model)), {"endpoint": endpoint, "repo": repo}
+    space = last_record(folder, endpoint, repo).get("space")
+    runs.write_json(folder / RECORD, entry | {"commit": commit, "space": space})
+
+
+def last_record(folder: Path, endpoint: str, repo: str) -> dict:
+    """Return the record of a run's last push, if it was to this repository; {} otherwise."""
+    record = runs.read_json(folder / RECORD) or {}
+    is_same = (record.get("endpoint"), record.get("repo")) == (endpoint, repo)
+    return record if is_same else {}
 
 
 def last_push(endpoint: str, repo: str | None = None) -> tuple[Path, dict] | None:

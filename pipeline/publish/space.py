@@ -42,7 +42,8 @@ def try_here(folder: Path, api: HfApi) -> None:
     command = [sys.executable, "-B", "-c", "import app"]
     process = subprocess.run(command, cwd=folder, env=os.environ | variables, stderr=-1, text=True)
     if process.returncode:
-        raise UserError(f"The Space does not start: {process.stderr.strip().splitlines()[-1]}")
+        reason = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
+        raise UserError(f"The Space does not start: {reason[-1]}")
 
 
 def wait_until_settled(space: Repository, commit: str) -> str:

@@ -30,7 +30,7 @@ SECRETS = re.compile(
     rb"|\bAIza[\w-]{35}|\bya29\.[\w-]{20,}|\bGOCSPX-[\w-]{20,}"  # Google
     rb"|\bxox[a-z]-[\w-]{10,}|\bxapp-[\w-]{10,}|hooks\.slack\.com/services/\w+"
     rb"|\bwandb_v\d_\w{20,}|(?i:wandb\w*)\W{1,5}[0-9a-f]{40}\b"
-    rb"|\b[a-z][a-z0-9+.-]*://[^\s/:@]*:[^\s/:@]+@|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+    rb"|\b[a-z][a-z0-9+.-]*://[!-.0-9;-?A-~]*:[!-.0-9;-?A-~]+@|-----BEGIN [A-Z ]*PRIVATE KEY-----"
     rb"|(/home|/Users|\\Users)[/\\]+[\w.-]+"  # paths with a user name
 )
 
@@ -59,8 +59,8 @@ def stage_model(
     results = runs.read_json(source / EVALUATION)
     with provenance.malformed(f"The results in {source} are damaged; {evaluate}"):
         is_public = bool(results) and provenance.is_public(api, results["dataset"])
-        shown = {None, "dataset", "user"} if publish_images else {None}
-        files = published_files(model, source, shown | ({"dataset"} if is_public else set()))
+        shown = {None} | ({results["dataset"]["sha256"]} if is_public else set())
+        files = published_files(model, source, None if publish_images else shown)
         if EVALUATION not in files:
             raise UserError(f"There are no results of the current {model}: {evaluate}.")
         if results["dtype"] == "bfloat16":
@@ -82,7 +82,12 @@ def stage_model(
         facts["code_url"] = code_url or provenance.find_code_url()
         facts["dashboard"] = provenance.find_dashboard(api, model)
         facts["onnx"] = runs.read_json(files[onnx.REPORT]) if onnx.REPORT in files else None
-        facts["space"] = (runs.read_json(source / provenance.RECORD) or {}).get("space")
+        if facts["onnx"] and facts["onnx"]["data"] != results["dataset"]["sha256"]:
+            raise UserError(
+                f"The ONNX copies of {model} were checked on other images than its accuracy: run "
+                f"`make export MODEL={model}`."
+            )
+        facts["space"] = provenance.last_record(source, api.endpoint, repo).get("space")
         if is_public or publish_images:
             data = provenance.evaluated_data(model, results, dataset)
             split = provenance.load_evaluated_split(model, results, data)
@@ -98,7 +103,7 @@ def stage_model(
     return add_list(stage({"README.md": text}, folder, api.token), facts)
 
 
-def published_files(model: Path, results: Path, shown: set) -> dict[str, Path | str | bytes]:
+def published_files(model: Path, results: Path, shown: set | None) -> dict[str, Path | str | bytes]:
     """Return the files of a model that may be published, by path in the repository.
 
     These are the model's own files and the results in the manifest that were made from its weights,
@@ -107,7 +112,7 @@ def published_files(model: Path, results: Path, shown: set) -> dict[str, Path | 
     Args:
         model: The model's folder.
         results: The folder of its results.
-        shown: The allowed owners of images in figures: None (no images), "dataset", "user".
+        shown: The allowed `images` of the manifest, see `runs.record_files`; None allows all.
     """
     files = {name: model / name for name in runs.MODEL_FILES}
     if missing := [name for name in files if not files[name].is_file()]:
@@ -119,7 +124,7 @@ def published_files(model: Path, results: Path, shown: set) -> dict[str, Path | 
         if entry["weights"] == weights and name.endswith((".json", ".png", ".onnx"))
         and (results / name).is_file()
     }  # fmt: skip
-    names = [name for name, owner in entries.items() if owner in shown]
+    names = [name for name, owner in entries.items() if shown is None or owner in shown]
     if hidden := len(entries) - len(names):
         print(
             f"Not published: {hidden} figures with your own images, or images of a dataset that is "

@@ -17,6 +17,7 @@ def results(measured) -> dict:
     results["dataset"] |= {"name": "uoft-cs/cifar10", "config": "plain_text", "revision": "ab" * 20}
     results["dataset"] |= {"published_split": "test", "is_part": False}
     results["recipe"] |= {"model": "facebook/dinov2-small", "model_revision": "cd" * 20}
+    results["recipe"] |= {"dataset": "uoft-cs/cifar10", "dataset_revision": "ab" * 20}
     return results
 
 
@@ -163,6 +164,56 @@ def test_the_evaluated_split_is_named_as_it_is(results):
     text = render(results)
     assert "accuracy on the `val` split" in text
     assert "not used for training" not in text
+
+
+def test_a_model_evaluated_on_another_dataset_is_not_said_to_be_trained_on_it(results):
+    results["dataset"] |= {"name": "me/other", "published_split": "train", "is_part": True}
+    text = render(results)
+    assert ModelCard(text).data.datasets == ["uoft-cs/cifar10"]
+    assert (
+        "fine-tuned on [uoft-cs/cifar10](https://huggingface.co/datasets/uoft-cs/cifar10)." in text
+    )
+    link = "[me/other](https://huggingface.co/datasets/me/other)"
+    assert f"images split off the `train` split of another dataset, {link}, is **" in text
+    assert "not used for training" not in text
+    assert "before training" not in text
+    results["recipe"] |= {"dataset": "digits", "dataset_revision": None}
+    text = render(results)
+    assert "fine-tuned on `digits` (a scikit-learn dataset)." in text
+    assert ModelCard(text).data.datasets is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sentence"),
+    [
+        (
+            {"model_config": {"model_type": "vit"}},
+            "It is\na small Vision Transformer, trained from",
+        ),
+        (
+            {"model_config": {"model_type": "resnet"}},
+            "It is\na `resnet` model, trained from scratch",
+        ),
+        (None, "It is\na model of unknown training, evaluated on [uoft-cs/cifar10]"),
+    ],
+)
+def test_what_is_not_known_of_the_training_is_not_claimed(results, recipe, sentence):
+    results["recipe"] = recipe
+    text = render(results)
+    assert sentence in text
+    assert ("not used for training" in text) == (recipe is not None)
+
+
+def test_class_names_are_shown_literally(results):
+    results["labels"] = ["a|b", "<unk>", "__background__", "line\nbreak", "😀", *"vwxyz"]
+    results["ood"]["scores"] = {}
+    text = render(results, examples={"examples/00001.jpg": 0})
+    assert r"a\|b, \<unk\>, \_\_background\_\_, line break, 😀, v" in text
+    rows = [line for line in text.splitlines() if line.startswith((r"| a\|b |", "| line break |"))]
+    assert [row.replace(r"\|", "").count("|") for row in rows] == [6, 6]
+    results["predictions"] = [4] * len(results["predictions"])
+    card_data = ModelCard(render(results, examples={"examples/00001.jpg": 0})).data
+    assert card_data.widget[0]["output"][0]["label"] == "😀"
 
 
 def test_local_folders_are_named_as_local_and_not_linked(results):

@@ -33,6 +33,7 @@ def api(hub_server, here, monkeypatch):
         (["--flavor=t4-small", "--timeout=2h", "--dataset=photos"], r"folder on this machine"),
         (["--flavor=t4-small", "--timeout=2h", "--learnig_rate=1"], r'mean "learning_rate"'),
         (["--flavor=t4-small", "--timeout=2h", "--recipe=tiny.yaml"], r"not in git: commit it"),
+        (["--flavor=t4-small", "--timeout=2h"], r"trained from scratch: set the license"),
     ],
 )
 def test_a_job_that_can_not_work_is_refused_before_it_costs(

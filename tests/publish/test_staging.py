@@ -23,7 +23,7 @@ from publishing import LICENSE, MODEL, REPO, RESULTS, record_figure, run_script,
 from samples import image_processor
 
 EVALUATION = RESULTS / "evaluation_results.json"
-PUBLIC = {None, "dataset"}
+PUBLIC = {None, "0" * 64}
 
 
 def edit_results(**edits) -> None:
@@ -59,7 +59,7 @@ def test_only_files_in_the_manifest_with_these_weights_are_published(measured):
 
 def test_an_overview_and_two_examples_are_published_below_500_kb(api):
     for name in ("00003_a_layers", "00001_b_layers", "00002_c_layers", "00001_b_heads", "overview"):
-        draw_map(name, "dataset", size=1300)
+        draw_map(name, runs.read_json(EVALUATION)["dataset"]["sha256"], size=1300)
     assert (RESULTS / "visualizations/overview.png").stat().st_size > 3e6
     folder = stage_tiny(api)
     images = [path for path in list_files(folder) if path.endswith(".jpg")]
@@ -82,7 +82,8 @@ def test_images_of_the_user_need_the_flag(api, capsys):
 
 @pytest.mark.parametrize("is_public", [False, True])
 def test_images_of_a_dataset_that_is_not_public_need_the_flag(api, is_public):
-    draw_map("00001_b_layers", "dataset")
+    draw_map("00001_b_layers", runs.read_json(EVALUATION)["dataset"]["sha256"])
+    draw_map("00000_patient_layers", "1" * 64)  # of another dataset, by `make visualize DATASET=`
     api.create_repo("me/data", repo_type="dataset", private=not is_public)
     commit = api.dataset_info("me/data").sha
     dataset = {"name": "me/data", "revision": commit}
@@ -94,6 +95,9 @@ def test_images_of_a_dataset_that_is_not_public_need_the_flag(api, is_public):
         folder = stage_tiny(api)
         assert not [path for path in list_files(folder) if path.endswith(".jpg")]
         assert "widget" not in ModelCard.load(folder / "README.md").data.to_dict()
+    else:
+        maps = [path for path in list_files(stage_tiny(api)) if path.startswith("visualizations/")]
+        assert maps == ["visualizations/00001_b_layers.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -129,6 +133,10 @@ def test_a_file_with_a_secret_is_not_staged_and_its_place_is_named(here, secret)
 
 def test_text_that_only_resembles_a_secret_is_staged(here):
     names = ["hf_" + "hub_download_and_cache_the_file_there", "x" + "ghp_" + "a" * 36, "sk-learn"]
+    # Weights: four float32 numbers whose bytes hold "://" and "@".
+    numbers = np.array([0.00091937, -0.00886135, 0.00050928, 0.00788891], np.float32).tobytes()
+    stage({"model.safetensors": numbers + b"x://" + bytes([200, 58, 201, 64])}, here, MINE)
+    (here / "model.safetensors").unlink()
     names += ["a1" * 20, "https://huggingface.co/a:b", "AIzaX", "time 12:30 me@example.org"]
     assert list_files(stage({"recipe.yaml": " ".join(names)}, here, MINE)) == ["recipe.yaml"]
 
@@ -261,3 +269,6 @@ def test_the_model_pushed_last_is_recorded_and_its_space_linked(api, monkeypatch
     runs.write_json(file, record | {"space": "me/look"})
     text = (stage_tiny(api) / "README.md").read_text()
     assert "Space [me/look](https://huggingface.co/spaces/me/look)" in text
+    for other in ({"endpoint": "https://other.example"}, {"repo": "me/other"}):
+        runs.write_json(file, record | {"space": "me/look"} | other)
+        assert "me/look" not in (stage_tiny(api) / "README.md").read_text()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import push_to_hub
 from pipeline import runs
@@ -180,6 +181,21 @@ def test_forged_predictions_outside_the_old_sample_fail(api):
     fails(api, r"\d+ of 50 predictions are not the published ones")
 
 
+@pytest.mark.parametrize("scale", [1e-4, float("nan")])
+def test_a_model_whose_classes_are_all_tied_can_not_hide_forged_predictions(api, scale):
+    weights = load_file(MODEL / "model.safetensors")
+    head = {name: value * scale for name, value in weights.items() if name.startswith("classif")}
+    save_file(weights | head, MODEL / "model.safetensors", metadata={"format": "pt"})
+    hashes = runs.model_hashes(str(MODEL))
+    entries = runs.read_manifest(RESULTS)
+    runs.record_files(RESULTS, dict.fromkeys(entries), hashes["model.safetensors"])
+    labels = list(load_split(DataArguments(dataset="digits"), "test", image_processor())["label"])
+    forged = metrics_of(labels) | {"confidences": [0.1] * 360, "nll": 2.3, "ece": 0.9}
+    assert forged["accuracy"] == 1
+    forge(api, **forged, model=lambda model: model | {"sha256": hashes})
+    fails(api, r"\d+ of 50 predictions are not the published ones")
+
+
 @pytest.mark.slow
 def test_one_forged_prediction_fails_the_full_verification(api):
     predictions = runs.read_json(EVALUATION)["predictions"]
@@ -193,6 +209,14 @@ def test_one_forged_prediction_fails_the_full_verification(api):
         ({"accuracy": 1.0}, "published accuracy does not follow from the predictions"),
         ({"f1": lambda f1: [1.0, *f1[1:]]}, "published f1 does not follow"),
         ({"predictions": lambda p: [10, *p[1:]]}, "do not have one prediction for each"),
+        (
+            {"dataset": lambda d: d | {"images": 10**6}},
+            "results say 1000000 images, not 360",
+        ),
+        (
+            {"model": lambda m: m | {"parameters": 1}},
+            "size or image size is not that of its results",
+        ),
         ({"confidences": lambda c: [1.0] * len(c)}, "50 of 50 predictions are not"),
     ],
 )
@@ -211,6 +235,9 @@ def test_forged_metrics_in_json_and_card_together_fail(api, edits, message):
          "published ood pass_rate test, 0.9900"),
         ({"ood": lambda o: o | {"ood_datasets": dict.fromkeys(o["ood_datasets"], 0.0)}},
          "published ood ood_datasets [a-z ]+, 0.0"),
+        ({"ood": lambda o: o | {"scores": {
+            name: {k: e | {"auroc_interval": [0.0, 0.1]} for k, e in table.items()}
+            for name, table in o["scores"].items()}}}, "auroc_interval [01], 0.[01]000, is"),
     ],
 )  # fmt: skip
 def test_forged_metrics_of_probabilities_fail_the_full_verification(api, edits, message):

@@ -16,6 +16,8 @@ from transformers import (
     AutoModelForImageClassification,
     ConvNextConfig,
     ConvNextForImageClassification,
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
     ResNetConfig,
     ResNetForImageClassification,
     ViTConfig,
@@ -151,6 +153,13 @@ def test_a_model_that_crops_is_shown_what_it_sees(copied, monkeypatch):
     expected = pipeline("image-classification", model=str(copied))(image, top_k=10)
     expected = {entry["label"]: entry["score"] for entry in expected}
     assert prediction.probs == pytest.approx(expected, abs=1e-5)
+    # As DeiT's own processor: squashed to a square first.
+    change_json(copied / "preprocessor_config.json", size={"height": 40, "width": 40})
+    prediction = Classifier(str(copied)).predict(image)
+    assert prediction.picture.size == (160, 80)
+    expected = pipeline("image-classification", model=str(copied))(image, top_k=10)
+    expected = {entry["label"]: entry["score"] for entry in expected}
+    assert prediction.probs == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +213,19 @@ def test_a_faster_precision_that_agrees_is_chosen(model_folder, batches, monkeyp
         change = exact.logits.softmax(dim=1) - maps.logits.float().softmax(dim=1)
         assert change.abs().max() <= loading.TOLERANCE
         assert (exact.heads - maps.heads.float()).abs().mean() < 0.01
+
+
+def test_all_heads_stay_in_float32(batches, monkeypatch):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"bf16": True})
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = DeiTConfig(**sizes, intermediate_size=64, image_size=32, patch_size=8, num_labels=3)
+    model = DeiTForImageClassificationWithTeacher(config).eval()
+    for times in ((2.0, 1.0, 3.0), (2.0, 3.0, 1.0)):
+        set_times(monkeypatch, *times)
+        monkeypatch.setattr(loading, "TOLERANCE", 1.0)
+        chosen, _ = loading.choose_precision(model, batches[:1])
+        for name in ("cls_classifier", "distillation_classifier"):
+            assert chosen.get_submodule(name).weight.dtype == torch.float32
 
 
 def test_a_precision_that_is_slower_or_disagrees_is_not_chosen(model_folder, batches, monkeypatch):
