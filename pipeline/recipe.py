@@ -191,7 +191,7 @@ def load_recipe(name: str, overrides: list[str] = (), run: str | None = None) ->
 
     parser = _Parser((*RECIPE_GROUPS, TrainingArguments), allow_abbrev=False)
     first = _Parser(DataArguments, allow_abbrev=False)
-    first.set_defaults(streaming=str(settings.get("streaming", False)))
+    first.set_defaults(streaming=str(settings.get("streaming") or False))
     options = {"args": overrides, "return_remaining_strings": True}
     streaming = first.parse_args_into_dataclasses(**options)[0].streaming
     settings = DEFAULTS | (STREAMING_DEFAULTS if streaming else {}) | settings

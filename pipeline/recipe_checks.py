@@ -124,7 +124,8 @@ def check_values(recipe) -> None:
     if objective.early_stopping_patience and not args.load_best_model_at_end:
         raise UserError("early_stopping_patience needs load_best_model_at_end: true.")
     in_steps = args.load_best_model_at_end and args.eval_strategy == args.save_strategy == "steps"
-    if in_steps and args.save_steps != args.eval_steps:
+    is_new = not recipe.checkpoint_folder.exists()  # runs of earlier versions can be resumed
+    if in_steps and is_new and args.save_steps != args.eval_steps:
         raise UserError(
             f"save_steps is {args.save_steps} and eval_steps {args.eval_steps}: make them equal, "
             "so that the best weights are saved."

@@ -136,6 +136,11 @@ def test_streaming_defaults_follow_the_command_line(tmp_path):
         assert load_recipe(str(tmp_path / "r.yaml"), options).training.save_steps == 0.1
 
 
+def test_an_empty_streaming_is_false(tmp_path):
+    (tmp_path / "r.yaml").write_text("streaming:\n")
+    assert load_recipe(str(tmp_path / "r.yaml")).training.save_strategy == "epoch"
+
+
 def test_class_names_may_be_numbers():
     weights = load_recipe("demo", ["--class_weights={3: 2.0}"]).objective.class_weights
     assert weights == {"3": 2.0}

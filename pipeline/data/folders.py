@@ -156,12 +156,12 @@ def _sort_into_splits(root: Path, paths: list[Path]) -> list[_ImageFile]:
 
 def _label(root: Path, images: list[_ImageFile], tables: list[Path], column: str | None) -> None:
     """Label images from the tables that list them, or from their class folders."""
-    if forms := [path for path in tables if "submission" in path.stem.lower()]:
+    used = [path for path in tables if _read_rows(root, images, path)]
+    if forms := [path for path in used if "submission" in path.stem.lower()]:
         raise UserError(
             f"{forms[0]} looks like a form for predictions, whose labels are placeholders: remove "
             "it, or rename it if its labels are true."
         )
-    used = [path for path in tables if _read_rows(root, images, path)]
     if not used and not any(image.folder for image in images):
         beside = sorted(path for path in root.parent.iterdir() if path.suffix.lower() in TABLES)
         used = [path for path in beside if _read_rows(root, images, path)]

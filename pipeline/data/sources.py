@@ -138,11 +138,13 @@ def _load_published(name: str, data: DataArguments) -> dict:
         # A remote file's footer takes a request: compare only the first of each split.
         compared = [paths[:1] if "://" in paths[0] else paths for paths in files.values()]
         parquet = [path for paths in compared for path in paths if path.endswith(".parquet")]
-        if _numbers_differ(parquet):  # `datasets` does not notice
+        stored = [_stored_names(path) for path in parquet]
+        if any(names != stored[0] for names in stored):  # `datasets` does not notice
             return _load_files("parquet", files, data.streaming)
         declared = _class_names(builder.info.features or {})
-        for column, names in (_stored_names(parquet[0]) if parquet else {}).items():
-            if declared.get(column, names) != names:
+        for column, names in (stored[0] if stored else {}).items():
+            given = declared.get(column, names)  # it may rename classes, but not reorder them
+            if any(name in given and given.index(name) != i for i, name in enumerate(names)):
                 raise UserError(
                     f'The README of "{data.dataset}" and {parquet[0]} number the classes of the '
                     f'column "{column}" differently: correct one.'
@@ -188,7 +190,7 @@ def _numbers_differ(paths: list[str]) -> bool:
 def _stored_names(path: str) -> dict[str, list[str]]:
     """Return the class names that a parquet or Arrow file stores, by column."""
     with fsspec.open(path, "rb") as file:
-        if path.endswith(".parquet"):
+        if path.lower().endswith(".parquet"):
             schema = pq.read_schema(file)
         else:
             is_file = file.read(6) == b"ARROW1"

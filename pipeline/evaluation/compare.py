@@ -14,7 +14,7 @@ from scipy.stats import binomtest, t
 from pipeline.data.loading import load_raw
 from pipeline.data.splits import class_numbers
 from pipeline.errors import UserError, shorten
-from pipeline.recipe import data_arguments
+from pipeline.recipe import RECIPE_DEFAULTS, data_arguments
 
 DRAWS = 10_000
 SEED = 42  # the default of TrainingArguments
@@ -81,7 +81,7 @@ def average(runs: list[dict]) -> dict:
     """Average the results of several seeds: mean, 95 % Student's t interval, and values."""
     if len(runs) < 2:
         raise UserError("An interval needs at least two seeds: set N=3, for example.")
-    recipes = [dict(results["recipe"] or {}) for results in runs]
+    recipes = [RECIPE_DEFAULTS | (results["recipe"] or {}) for results in runs]
     seeds = [recipe.pop("seed", SEED) for recipe in recipes]
     sources = [
         {k: results["dataset"][k] for k in ("name", "revision", "split")} for results in runs

@@ -26,7 +26,8 @@ BUNDLE = "code.bundle"
 SCRIPT = """\
 git clone --quiet "$CODE/{bundle}" project && cd project && mkdir -p models
 ln -s "$CHECKPOINTS" models/checkpoints
-make train RECIPE={recipe} ARGS={train_args}
+gpus=$(nvidia-smi -L 2> /dev/null | grep -c ^GPU || true)
+make train NPROC=$((gpus > 1 ? gpus : 1)) RECIPE={recipe} ARGS={train_args}
 make evaluate MODEL={model}
 make push MODEL={model} REPO={repo} ARGS={push_args}
 """

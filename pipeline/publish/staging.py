@@ -72,20 +72,20 @@ def stage_model(
         files[EVALUATION] = json.dumps(public, indent=1)
         if FAITHFULNESS in files:
             faithfulness = runs.read_json(files[FAITHFULNESS]) | {"model": None}
-            if faithfulness["data"] != results["dataset"]["sha256"]:
+            if faithfulness.get("data") != results["dataset"]["sha256"]:
                 raise UserError(
                     f"The attention maps of {model} were measured on other images than its "
-                    f"accuracy: run `make visualize MODEL={model}`."
+                    f"accuracy: run `make visualize MODEL={model}` with the same DATASET=."
                 )
             files[FAITHFULNESS] = json.dumps(faithfulness, indent=1)
         facts = provenance.find_license(api, results, license) | {"examples": {}}
         facts["code_url"] = code_url or provenance.find_code_url()
         facts["dashboard"] = provenance.find_dashboard(api, model)
         facts["onnx"] = runs.read_json(files[onnx.REPORT]) if onnx.REPORT in files else None
-        if facts["onnx"] and facts["onnx"]["data"] != results["dataset"]["sha256"]:
+        if facts["onnx"] and facts["onnx"].get("data") != results["dataset"]["sha256"]:
             raise UserError(
                 f"The ONNX copies of {model} were checked on other images than its accuracy: run "
-                f"`make export MODEL={model}`."
+                f"`make export MODEL={model}` with the same DATASET=."
             )
         facts["space"] = provenance.last_record(source, api.endpoint, repo).get("space")
         if is_public or publish_images:
@@ -127,8 +127,9 @@ def published_files(model: Path, results: Path, shown: set | None) -> dict[str, 
     names = [name for name, owner in entries.items() if shown is None or owner in shown]
     if hidden := len(entries) - len(names):
         print(
-            f"Not published: {hidden} figures with your own images, or images of a dataset that is "
-            "not public on the Hub. To publish them, use ARGS=--publish_images."
+            f"Not published: {hidden} figures with your own images, images of a dataset that is "
+            "not public on the Hub, or others than the evaluated images. Draw those again with "
+            "`make visualize`, or publish all with ARGS=--publish_images."
         )
     files |= {name: results / name for name in names if not name.startswith(MAPS)}
     maps = [name for name in names if name.startswith(MAPS)]

@@ -85,8 +85,10 @@ def check_same_recipe(recipe: Recipe) -> None:
         file = folder / "recipe.yaml"
         if not file.exists():
             continue
-        # Keys added after the file was saved had their default.
-        before, now = RECIPE_DEFAULTS | yaml.safe_load(file.read_text("utf-8")), recipe.settings
+        # Keys added after the file was saved had their default; patience was not saved once.
+        now = recipe.settings
+        before = RECIPE_DEFAULTS | {"early_stopping_patience": now.get("early_stopping_patience")}
+        before |= yaml.safe_load(file.read_text("utf-8"))
         keys = (before.keys() | now.keys()) - NON_SEMANTIC_KEYS
         changed = sorted(key for key in keys if before.get(key) != now.get(key))
         if changed:

@@ -110,6 +110,18 @@ def test_files_of_one_split_that_number_their_classes_differently_are_refused(tm
             load_raw(DataArguments(dataset=str(tmp_path / name), validation_size=0.25))
 
 
+def test_a_readme_may_rename_classes(tmp_path):
+    parquet(tmp_path / "train-0.PARQUET", files(), ClassLabel(names=["0", "1"]), [0, 1] * 6)
+    assert classes(DataArguments(dataset=str(tmp_path), validation_size=0.25)) == ["0", "1"]
+    (tmp_path / "train-0.PARQUET").rename(tmp_path / "train-0.parquet")
+    (tmp_path / "README.md").write_text(
+        "---\ndataset_info:\n  features:\n  - {name: image, dtype: image}\n"
+        "  - {name: label, dtype: {class_label: {names: {'0': cat, '1': dog}}}}\n"
+        "configs:\n- config_name: default\n  data_files: [{split: train, path: '*.parquet'}]\n---\n"
+    )
+    assert classes(DataArguments(dataset=str(tmp_path), validation_size=0.25)) == ["cat", "dog"]
+
+
 def test_minus_one_beside_other_numbers_is_refused(tmp_path):
     for labels in ([-1, 0, 1, 2], [-1, 1, 2, 3]):
         with pytest.raises(UserError, match='column "label" contains -1 beside other numbers'):

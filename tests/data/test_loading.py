@@ -258,6 +258,9 @@ def test_a_form_for_predictions_is_not_taken_for_labels(tmp_path):
     (tmp_path / "sample_submission.csv").write_text("id,label\n" + rows)
     with pytest.raises(UserError, match="looks like a form for predictions"):
         load(tmp_path, "train")
+    rows = "".join(f"elsewhere{i}.png,0\n" for i in range(12))
+    (tmp_path / "sample_submission.csv").write_text("id,label\n" + rows)  # lists no image here
+    assert load(tmp_path, "train", validation_size=0.2)["train"].features["label"].names
 
 
 def test_a_class_may_begin_with_underscores_and_a_label_stand_first(tmp_path):

@@ -84,6 +84,8 @@ def test_seeds_are_averaged_with_students_interval():
     ]
     table = average(seeds)
     assert table["seeds"] == [1, 2, 3]
+    added = {"recipe": {"seed": 3, "model": "vit", "calibrate": False}}  # a key with its default
+    assert average([seeds[0], seeds[2] | added])["seeds"] == [1, 3]
     assert table["accuracy"]["mean"] == pytest.approx(0.92)
     reach = 4.30265 * 0.02 / 3**0.5  # the quantile of Student's t with two degrees of freedom
     assert table["accuracy"]["interval"] == pytest.approx([0.92 - reach, 0.92 + reach], abs=1e-6)

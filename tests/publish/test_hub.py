@@ -312,9 +312,10 @@ def test_faithfulness_of_another_model_stops_the_push(api, monkeypatch, capsys):
     hashes, data = results["model"]["sha256"], results["dataset"]["sha256"]
     record_figure("attention_faithfulness.json")
     file = RESULTS / "attention_faithfulness.json"
-    runs.write_json(file, {"sha256": hashes, "data": "0" * 64, "images": 5, "methods": {}})
-    with pytest.raises(UserError, match=r"measured on other images .* run `make visualize"):
-        push(monkeypatch, "--dry_run")
+    for old in ({"data": "0" * 64}, {}):
+        runs.write_json(file, {"sha256": hashes, "images": 5, "methods": {}} | old)
+        with pytest.raises(UserError, match=r"measured on other images .* run `make visualize"):
+            push(monkeypatch, "--dry_run")
     runs.write_json(file, {"sha256": hashes, "data": data, "images": 5, "methods": {}})
     push(monkeypatch, "--dry_run")
     assert "attention_faithfulness.json" in capsys.readouterr().out

@@ -49,7 +49,7 @@ def test_a_dry_run_says_the_price_and_starts_nothing(api, hub_server, monkeypatc
     run_script(monkeypatch, run_job.main, *JOB, "--timeout=90m", "--dry_run", "--seed=3")
     text = capsys.readouterr().out
     assert "$0.01 per hour, at most $0.02 in 90m" in text
-    assert "make train RECIPE=demo ARGS='--run=demo --seed=3'" in text
+    assert "make train NPROC=$((gpus > 1 ? gpus : 1)) RECIPE=demo ARGS='--run=demo" in text
     assert MINE not in text
     assert not (hub_server.root / "jobs").exists()
 

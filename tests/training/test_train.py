@@ -118,6 +118,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_advice(tiny_recipe):
         train(load_recipe(tiny_recipe, options, "run"))
 
 
+def test_a_run_of_an_earlier_version_with_early_stopping_goes_on(tiny_recipe):
+    options = ["--early_stopping_patience=2", "--max_steps=1"]
+    recipe = load_recipe(tiny_recipe, options, "run")
+    assert train(recipe)["new"]
+    for file in (recipe.model_folder / "recipe.yaml", recipe.checkpoint_folder / "recipe.yaml"):
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(line for line in lines if "early_stopping" not in line))
+    assert not train(load_recipe(tiny_recipe, options, "run"))["new"]
+
+
 def test_several_gpus_in_one_process_are_refused(tiny_recipe, monkeypatch):
     recipe = load_recipe(tiny_recipe, [], "run")
     monkeypatch.setattr(type(recipe.training), "n_gpu", 2)
