@@ -79,11 +79,9 @@ class Classifier:
         """Predict an upright RGB image in one forward pass, with all maps except relevance."""
         pixels = self.processor(image, return_tensors="pt")["pixel_values"]
         if self.processor.do_center_crop:
-            size, (width, height) = self.processor.size, image.size
-            share = self.processor.crop_size["height"] / (
-                size.get("shortest_edge") or size["height"]
-            )
-            if size.get("shortest_edge"):
+            edge, (width, height) = self.processor.size.get("shortest_edge"), image.size
+            share = self.processor.crop_size["height"] / (edge or self.processor.size["height"])
+            if edge:
                 image = ImageOps.fit(image, (min(image.size),) * 2, bleed=(1 - share) / 2)
             else:  # squashed to a square before the crop
                 left, top = width * (1 - share) / 2, height * (1 - share) / 2

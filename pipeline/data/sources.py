@@ -139,7 +139,7 @@ def _load_published(name: str, data: DataArguments) -> dict:
         compared = [paths[:1] if "://" in paths[0] else paths for paths in files.values()]
         parquet = [path for paths in compared for path in paths if path.endswith(".parquet")]
         stored = [_stored_names(path) for path in parquet]
-        if any(names != stored[0] for names in stored):  # `datasets` does not notice
+        if _numbers_differ(stored):  # `datasets` does not notice
             return _load_files("parquet", files, data.streaming)
         declared = _class_names(builder.info.features or {})
         for column, names in (stored[0] if stored else {}).items():
@@ -169,7 +169,8 @@ def _load_files(kind: str, files: dict[str, list[str]], streaming: bool) -> dict
     splits = {}
     for split, paths in files.items():
         is_local = "://" not in paths[0]  # a remote footer takes a request each
-        if kind in ("parquet", "arrow") and is_local and _numbers_differ(paths):
+        is_compared = is_local and kind in ("parquet", "arrow")
+        if is_compared and _numbers_differ([*map(_stored_names, paths)]):
             raise UserError(
                 f'The files of the split "{split}" number their classes differently: '
                 f"{shorten(paths)}. Write them with the same ClassLabel."
@@ -181,10 +182,9 @@ def _load_files(kind: str, files: dict[str, list[str]], streaming: bool) -> dict
     return splits
 
 
-def _numbers_differ(paths: list[str]) -> bool:
-    """Return whether files number their classes differently, according to their schemas."""
-    seen = [_stored_names(path) for path in paths]
-    return any(names != seen[0] for names in seen)
+def _numbers_differ(stored: list[dict[str, list[str]]]) -> bool:
+    """Return whether files, each with the result of `_stored_names`, number classes differently."""
+    return any(names != stored[0] for names in stored)
 
 
 def _stored_names(path: str) -> dict[str, list[str]]:

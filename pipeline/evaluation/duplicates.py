@@ -43,8 +43,6 @@ def near_duplicates(
         images.append(torch.cat([gray, _blur(gray, 3) - _blur(gray, 9)], dim=1))
     vectors = [torch.cat(colors)] + ([] if features is None else [features.float()])
     pairs = torch.cat([_neighbors(x) for x in vectors]).sort(dim=1).values.unique(dim=0)
-    if not len(pairs):
-        return np.empty((0, 2), np.int64), np.empty(0)
     images = torch.cat(images)  # (N, 2, S, S)
     correlations = torch.cat([_correlate(images, part) for part in pairs.split(BLOCK)])
     order = correlations.argsort(descending=True)[: int((correlations >= CORRELATION).sum())]

@@ -57,9 +57,8 @@ def find_images(patterns: list[str]) -> Iterator[Item]:
 
 def _match(pattern: str) -> Iterator[Path]:
     """Yield files named directly, and those in folders whose extension or content is an image's."""
-    for path in map(
-        Path, [pattern] if Path(pattern).exists() else glob.iglob(pattern, recursive=True)
-    ):
+    paths = [pattern] if Path(pattern).exists() else glob.iglob(pattern, recursive=True)
+    for path in map(Path, paths):
         # Sorted per folder; a list of millions of files would not fit in memory.
         for file in walk(path) if path.is_dir() else [path]:
             is_named = file == path or file.suffix.lower() in IMAGES

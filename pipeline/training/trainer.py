@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from sklearn.utils.class_weight import compute_class_weight
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer
 from transformers.trainer_callback import ProgressCallback
@@ -145,9 +146,11 @@ class ImageTrainer(Trainer):
         if weights is None:
             return None
         if weights == "balanced":
-            counts = np.bincount(train_set["label"][:], minlength=len(names))
-            shares = len(train_set) / ((counts > 0).sum() * np.maximum(counts, 1))
-            return torch.tensor(shares * (counts > 0)).float()
+            labels = np.asarray(train_set["label"][:])
+            present, balanced = np.unique(labels), torch.zeros(len(names))
+            shares = compute_class_weight("balanced", classes=present, y=labels)
+            balanced[present] = torch.tensor(shares).float()
+            return balanced
         if unknown := sorted(weights.keys() - names.keys()):
             raise UserError(
                 f'class_weights names an unknown class "{unknown[0]}"; use {", ".join(names)}.'
