@@ -4,7 +4,7 @@ Predictions equal those of `transformers.pipeline()`. Any number of images fits 
 """
 
 import glob
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import torch
-from accelerate import Accelerator
 from datasets import Image as ImageFeature
 from PIL import Image
 from tqdm.auto import tqdm
@@ -82,7 +81,6 @@ def predict_to_file(
     output: Path,
     top_k: int = 3,
     batch_size: int = 64,
-    total: int | None = None,
 ) -> dict:
     """Classify images and write a table, which appears complete or not at all.
 
@@ -96,7 +94,6 @@ def predict_to_file(
         output: A path that ends in .csv or .parquet.
         top_k: How many classes to list, at most all of them.
         batch_size: Images per batch on the device.
-        total: The number of images, for the progress bar.
 
     Returns:
         The counts `images`, `unreadable` and `ood`, and the `first` rows.
@@ -111,9 +108,9 @@ def predict_to_file(
         raise UserError(f'The output file is "{output}"; it must end in .csv or .parquet.')
     model, processor = load_model(model_name)
     detector = ood.load_detector(model_name)
-    device = Accelerator(cpu=not torch.accelerator.is_available()).device
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = model.to(device)
-    names = np.array([model.config.id2label[i] for i in range(model.config.num_labels)])
+    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     size, resample, crop = input_size(processor), processor.resample, processor.do_center_crop
     top_k = min(top_k, len(names))
 
@@ -136,31 +133,33 @@ def predict_to_file(
     counts, first = {"images": 0, "unreadable": 0, "ood": 0}, []
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(output.name + ".part")
-    bar = tqdm(desc="Predicting", unit=" images", total=total)
+    bar = tqdm(desc="Predicting", unit=" images")
     with (
         ThreadPoolExecutor(torch.get_num_threads()) as pool,
         WRITERS[output.suffix](part, _schema(top_k)) as writer,
     ):
         for batch in _prepare_ahead(items, prepare, pool, batch_size):
-            errors = [str(image) if isinstance(image, UserError) else None for _, image in batch]
+            rows = [
+                {"image": item.name, "error": str(image) if isinstance(image, UserError) else None}
+                for item, image in batch
+            ]
+            readable = [row for row in rows if row["error"] is None]
             images = [image for _, image in batch if not isinstance(image, UserError)]
             logits, scores = predict(images) if images else (torch.empty(0, len(names)), None)
-            probs, classes = logits.softmax(dim=1).topk(top_k)  # (B, top_k)
-            columns = {"image": [item.name for item, _ in batch]}
-            readable = np.array([error is None for error in errors])
-            for k in range(top_k):
-                columns[f"label_{k + 1}"] = _spread(names[classes[:, k]], readable)
-                columns[f"probability_{k + 1}"] = _spread(probs[:, k].numpy(), readable)
-            is_ood = None if scores is None else scores < detector.threshold
-            columns["ood_score"] = _spread(scores, readable)
-            columns["is_ood"] = _spread(is_ood, readable)
-            columns["error"] = errors
-            table = pa.RecordBatch.from_pydict(columns, schema=_schema(top_k))
+            probs, classes = (x.tolist() for x in logits.softmax(dim=1).topk(top_k))  # (B, top_k)
+            for i, row in enumerate(readable):
+                for k in range(top_k):
+                    row[f"label_{k + 1}"] = names[classes[i][k]]
+                    row[f"probability_{k + 1}"] = probs[i][k]
+                if scores is not None:
+                    row["ood_score"] = scores[i].item()
+                    row["is_ood"] = row["ood_score"] < detector.threshold
+            table = pa.RecordBatch.from_pylist(rows, schema=_schema(top_k))
             writer.write_batch(table)
             first = first or table.slice(0, FIRST).to_pylist()
             counts["images"] += len(batch)
             counts["unreadable"] += len(batch) - len(images)
-            counts["ood"] += 0 if is_ood is None else int(is_ood.sum())
+            counts["ood"] += sum(row.get("is_ood", False) for row in readable)
             bar.update(len(batch))
     bar.close()
     part.replace(output)
@@ -177,12 +176,6 @@ def _schema(top_k: int) -> pa.Schema:
         [("image", pa.string()), *classes, ("ood_score", pa.float32()), ("is_ood", pa.bool_()),
          ("error", pa.string())]
     )  # fmt: skip
-
-
-def _spread(values: Sequence | None, readable: np.ndarray) -> list:
-    """Return a value for each image, (N,): those given for readable images, None for others."""
-    rest = iter(() if values is None else values.tolist())
-    return [next(rest, None) if can_read else None for can_read in readable]
 
 
 def _prepare_ahead(items: Iterable[Item], prepare, pool: ThreadPoolExecutor, size: int) -> Iterator:

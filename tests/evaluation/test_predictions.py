@@ -1,4 +1,5 @@
 import csv
+import json
 from pathlib import Path
 
 import pyarrow.parquet
@@ -51,6 +52,21 @@ def test_a_folder_gives_the_answers_of_pipeline(photos):
             assert float(row[f"probability_{k}"]) == pytest.approx(answer["score"], abs=1e-4)
         assert row["is_ood"] in ("true", "false")
     assert not Path("out.csv.part").exists()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_labels_of_several_letters_are_whole_also_of_a_single_image(photos, count):
+    file = Path("models/tiny/config.json")
+    config = json.loads(file.read_text())
+    names = {str(i): f"class number {i}" for i in range(10)}
+    config |= {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
+    file.write_text(json.dumps(config))
+    files = [f"photos/0{2 * i}.png" for i in range(count)]
+    predict_to_file("models/tiny", find_images(files), Path("out.csv"), 2)
+    classify = pipeline("image-classification", "models/tiny")
+    for row in read(Path("out.csv")):
+        assert row["label_1"] == classify(row["image"])[0]["label"] in names.values()
+        assert row["label_2"] == classify(row["image"])[1]["label"]
 
 
 def test_parquet_and_a_split_hold_the_same_as_csv(measured):
