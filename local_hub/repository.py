@@ -54,15 +54,18 @@ class Repository:
         (self.folder / "new.json").replace(self.folder / "hub.json")
 
     def create(self, private: bool = False, sdk: str | None = None, variables: dict | None = None):
-        """Create it with a first commit that lists the LFS file types, as the Hub does."""
+        """Create it with the Hub's first commit: LFS file types, and a Space's README.md."""
         require(ID_PATTERN.fullmatch(self.id), 400, f"Invalid repository name: {self.id}")
         shutil.rmtree(self.folder, ignore_errors=True)  # left by an interrupted creation
         self.objects.mkdir(parents=True)
         self.state = {"private": private, "sdk": sdk, "variables": variables or {}}
         self.state |= {"refs": {}, "commits": {}}
         text = "".join(f"*{s} filter=lfs diff=lfs merge=lfs -text\n" for s in LFS_SUFFIXES)
-        file = self.add_file(".gitattributes", text.encode())
-        self.commit(MAIN, "initial commit", {".gitattributes": file})
+        files = {".gitattributes": self.add_file(".gitattributes", text.encode())}
+        if sdk:
+            readme = f"---\ntitle: {self.id.split('/')[-1]}\nsdk: {sdk}\n---\n"
+            files["README.md"] = self.add_file("README.md", readme.encode())
+        self.commit(MAIN, "initial commit", files)
 
     def add_folder(self, folder: Path) -> None:
         """Commit a whole folder to `main`."""

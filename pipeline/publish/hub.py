@@ -116,6 +116,9 @@ class Repository:
             ours = {f.path for f in files if self._sha256(f, revision) == listed[f.path]}
         at_risk = changed if is_known else changed + others
         foreign = sorted({*at_risk} - ours - {PUBLICATION, *HUB_MANAGED_FILES})
+        if foreign == ["README.md"] and self.repo_type == "space":  # the Hub's, in a new Space
+            is_new = len(self.request(self.api.list_repo_commits, revision=revision)) == 1
+            foreign = [] if is_new else foreign
         if foreign and not replace:
             raise UserError(
                 f'"{self.name}" has files that this pipeline did not write ({shorten(foreign)}): '

@@ -250,6 +250,24 @@ def test_files_of_others_in_a_space_stay(api, shown, monkeypatch):
     assert "notes.txt" in api.list_repo_files(SPACE, repo_type="space")
 
 
+def test_an_interrupted_first_deployment_goes_on(api, shown, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(
+            HfApi, "create_commit", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        deploy(patch)
+    assert set(api.list_repo_files(SPACE, repo_type="space")) == {".gitattributes", "README.md"}
+    deploy(monkeypatch)  # over the README.md that the Hub wrote
+    assert front_matter(api)["models"] == [SHOWN]
+
+
+def test_a_space_that_somebody_wrote_is_not_overwritten(api, shown, monkeypatch):
+    api.create_repo(SPACE, repo_type="space", space_sdk="gradio")
+    replace_file(api, "README.md", b"mine", "space", SPACE)
+    with pytest.raises(UserError, match=r"did not write \(README.md\)"):
+        deploy(monkeypatch)
+
+
 def test_without_names_the_model_pushed_last_is_shown_and_the_space_recorded(
     api, shown, monkeypatch, capsys
 ):
