@@ -157,7 +157,8 @@ def follow(api: HfApi, job: JobInfo) -> None:
     """Print a job's log until it ends; UserError unless it succeeded."""
     for line in api.fetch_job_logs(job_id=job.id, namespace=job.owner.name, follow=True):
         print(line)
-    status = api.inspect_job(job_id=job.id, namespace=job.owner.name).status
+    # The log may end before the job does.
+    status = api.wait_for_job(job_id=job.id, namespace=job.owner.name).status
     if status.stage != "COMPLETED":
         raise UserError(
             f"The job ended in the stage {status.stage} ({status.message or 'without a message'}): "
