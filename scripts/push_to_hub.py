@@ -69,12 +69,11 @@ def push(api, args: argparse.Namespace):
     from huggingface_hub.utils import disable_progress_bars
 
     from pipeline import runs
-    from pipeline.publish import provenance, staging
-    from pipeline.publish.hub import Repository
+    from pipeline.publish import hub, provenance, staging
 
     # Check access.
     model = Path(args.model or runs.last_run()).expanduser()
-    repository = Repository(api, args.repo or provenance.default_name(api, model))
+    repository = hub.Repository(api, args.repo or provenance.default_name(api, model))
     account, parent_commit, is_private = repository.check_access(args.private, args.pr)
     name, url = repository.name, f"{api.endpoint}/{repository.name}"
     state = f"{'existing' if parent_commit else 'new'}, {'private' if is_private else 'public'}"
@@ -102,7 +101,7 @@ def push(api, args: argparse.Namespace):
             confirm(f"Publish as {name}?", args.yes)
 
         # Make one atomic commit.
-        if sum(file.stat().st_size for file in folder.iterdir()) < LARGE:
+        if sum((folder / path).stat().st_size for path in hub.list_files(folder)) < LARGE:
             disable_progress_bars()
         plan.parent_commit = parent_commit or repository.create(args.private)
         commit = repository.commit(folder, plan, "Publish the model, its results and card", args.pr)
