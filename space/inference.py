@@ -98,8 +98,10 @@ class Classifier:
         model, outputs = (self.model if number is None else self.exact), []
         hook = model.register_forward_hook(lambda model, inputs, output: outputs.append(output))
         pixels = pixels.to(model.device, model.dtype)
-        maps = attention.compute_maps(model, pixels, number, relevance=number is not None)
-        hook.remove()
+        try:
+            maps = attention.compute_maps(model, pixels, number, relevance=number is not None)
+        finally:
+            hook.remove()
         layers = outputs[0].hidden_states  # of (1, T, D)
         features = layers[round((len(layers) - 1) / 2)][0].mean(dim=0).detach().float().cpu()
         return attention.Maps(*(v if v is None else v.cpu() for v in vars(maps).values())), features
