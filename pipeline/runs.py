@@ -238,7 +238,7 @@ def versions() -> dict[str, str]:
 def hardware() -> str:
     """Return the processor in use, such as "2 cores of AMD EPYC" or "NVIDIA H100 80GB HBM3"."""
     if torch.cuda.is_available():
-        count = torch.cuda.device_count()
+        count = int(os.environ.get("WORLD_SIZE", "1"))  # each process uses one
         return (f"{count} x " if count > 1 else "") + torch.cuda.get_device_name()
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
