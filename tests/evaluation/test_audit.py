@@ -2,6 +2,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -170,7 +171,7 @@ def test_one_of_two_label_columns_can_be_audited(here, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_evaluation_leaves_out_the_near_duplicates_of_an_audit(measured):
+def test_evaluation_leaves_out_the_near_duplicates_of_an_audit(measured, capsys):
     data = DataArguments(dataset="digits")
     report, _ = audit(data, "models/tiny", 32)  # an untrained model: label errors are noise
     assert report["label_errors"]
@@ -189,6 +190,9 @@ def test_evaluation_leaves_out_the_near_duplicates_of_an_audit(measured):
     assert part["images"] == 360 - len(rows)
     low, high = part["accuracy_interval"]
     assert low < part["accuracy"] < high
+    limited = replace(data, max_train_samples=50)  # some of the audited training images
+    assert duplicate_rows(load_source(limited), "test") == rows
     report["fingerprint"] = "0"  # of other images
     (folder / "audit.json").write_text(json.dumps(report))
     assert duplicate_rows(load_source(data), "test") is None
+    assert "without near-duplicates is not reported: run `make audit`" in capsys.readouterr().out
