@@ -135,7 +135,10 @@ def measure_ood(
 
 
 def auroc(inside: Tensor, outside: Tensor) -> tuple[float, list[float]]:
-    """Return the AUROC of scores (N,) and (M,), and its 95 % interval (DeLong et al. 1988)."""
+    """Return the AUROC of scores (N,) and (M,), and its 95 % interval (DeLong et al. 1988).
+
+    The interval is meaningless (of zero width) for an AUROC of exactly 0 or 1.
+    """
     n, m = len(inside), len(outside)
     ranks = rankdata(torch.cat([inside, outside]))
     # The share of the other group from which each image is separated: (N,) and (M,).
