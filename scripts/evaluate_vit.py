@@ -10,6 +10,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", help="a folder, or a Hub id as name@rev (default: the last run)")
     parser.add_argument("--dataset", help="default: the dataset the model was trained on")
+    parser.add_argument("--image_column", help="of that dataset (default: as in training)")
+    parser.add_argument("--label_column", help="of that dataset (default: as in training)")
     parser.add_argument("--batch_size", type=int, default=128, help="batch size per process")
     parser.add_argument("--bf16", action="store_true", help="a faster estimate in bfloat16")
     parser.add_argument(
@@ -27,7 +29,7 @@ def main() -> None:
     from pipeline.recipe import data_arguments
 
     model = args.model or runs.last_run()
-    data = data_arguments(model, args.dataset)
+    data = data_arguments(model, args.dataset, args.image_column, args.label_column)
     results = evaluate(
         model, data, batch_size=args.batch_size, bf16=args.bf16,
         corruptions=args.corruptions, ood_datasets=tuple(args.ood_datasets),

@@ -10,12 +10,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", help="a folder, or a Hub id as name@rev (default: the last run)")
     parser.add_argument("--dataset", help="default: the dataset the model was trained on")
+    parser.add_argument("--image_column", help="of that dataset (default: as in training)")
+    parser.add_argument("--label_column", help="of that dataset (default: as in training)")
     parser.add_argument("--images", type=Path, nargs="+", default=[], help="files to draw")
     parser.add_argument("--rows", type=int, nargs="+", default=[], help="test images to draw")
     parser.add_argument("--layer", type=int, default=-1, help="layer, from 0; -1 is the last")
     parser.add_argument("--head", type=int, default=0, help="head, from 0")
     parser.add_argument("--class", dest="target", help="relevance target (default: the predicted)")
-    parser.add_argument("--faithfulness", type=int, help="test images (default: 200); 0 skips it")
+    parser.add_argument(
+        "--faithfulness", type=int, help="test images (default: 200, or 0 with --images)"
+    )
     args = parser.parse_args()
 
     # Imported after parsing, since these imports take seconds.
@@ -36,8 +40,10 @@ def main() -> None:
     hashes = runs.model_hashes(name)
     folder = runs.results_folder(name)
     test = None
+    if args.images and args.faithfulness is None:
+        args.faithfulness = 0
     if not args.images or args.rows or args.faithfulness != 0:
-        data = data_arguments(name, args.dataset)
+        data = data_arguments(name, args.dataset, args.image_column, args.label_column)
         test = load_split(data, "test", processor, names=list(model.config.id2label.values()))
         count = min(200, len(test)) if args.faithfulness is None else args.faithfulness
         if not 0 <= count <= len(test):

@@ -13,8 +13,9 @@ from torch import Tensor
 from pipeline.data.decoding import DecodedImages
 from pipeline.data.transforms import preprocess
 from pipeline.errors import UserError
-from pipeline.explain.attention import compute_maps
+from pipeline.explain.attention import METHODS, compute_maps
 
+KINDS = ("deletion", "insertion")
 STEPS = 9  # points on a curve, from no patch to all patches
 RESAMPLES = 2000
 BATCH = 16  # images; limits memory: a ViT-B's attentions take 22 MB per image at 224 px
@@ -43,7 +44,7 @@ def measure_faithfulness(
         raise UserError(f"Faithfulness needs 1 to {len(dataset)} images, not {count}.")
     rows = np.sort(np.random.default_rng(seed).choice(len(dataset), count, replace=False))
     images, generator = DecodedImages(dataset), torch.Generator().manual_seed(seed)
-    batches: list[dict[str, dict[str, Tensor]]] = []
+    batches: list[dict[str, Tensor]] = []
     for start in range(0, count, BATCH):
         pixels = images.batch(rows[start : start + BATCH])["pixel_values"].to(model.device)
         try:
@@ -52,59 +53,47 @@ def measure_faithfulness(
             )
         except ValueError as error:
             raise UserError(str(error)) from None
-    curves = {
-        method: {
-            kind: torch.cat([batch[method][kind] for batch in batches]).cpu().numpy()
-            for kind in kinds
-        }
-        for method, kinds in batches[0].items()
-    }
-    aucs = {m: {kind: auc(c) for kind, c in kinds.items()} for m, kinds in curves.items()}
+    # (2, N, STEPS) by method
+    curves = {m: torch.cat([b[m] for b in batches], dim=1).cpu().numpy() for m in batches[0]}
+    aucs = {m: dict(zip(KINDS, auc(c), strict=True)) for m, c in curves.items()}
     return {
         "images": count,
         "seed": seed,
         "head": head,
         "methods": summarize(aucs, seed),
         "curves": {
-            method: {kind: curve.mean(axis=0).tolist() for kind, curve in kinds.items()}
-            for method, kinds in curves.items()
+            m: dict(zip(KINDS, c.mean(axis=1).tolist(), strict=True)) for m, c in curves.items()
         },
     }
 
 
 def deletion_insertion_curves(
     model, pixels: Tensor, head: int = 0, generator: torch.Generator | None = None
-) -> dict[str, dict[str, Tensor]]:
-    """Return {"deletion", "insertion"} curves (B, STEPS) by method, including random order.
+) -> dict[str, Tensor]:
+    """Return curves (2, B, STEPS), of deletion and insertion, by method, including random order.
 
     A curve is the predicted class's probability at each step, for pixels float (B, 3, S, S).
     """
     maps = compute_maps(model, pixels)
-    orders = {
-        "mean": maps.select("mean"),
-        "head": maps.select("head", head=head),
-        "rollout": maps.rollout,
-        "relevance": maps.relevance,
-        "random": torch.rand(maps.rollout.shape, generator=generator).to(pixels.device),
-    }
+    orders = {method: maps.select(method, head=head) for method in METHODS}
+    orders["random"] = torch.rand(maps.rollout.shape, generator=generator).to(pixels.device)
     return {
-        method: {
-            kind: _curve(model, pixels, maps.classes, values, kind == "insertion")
-            for kind in ("deletion", "insertion")
-        }
-        for method, values in orders.items()
+        method: torch.stack(
+            [_curve(model, pixels, maps.classes, order, insertion) for insertion in (False, True)]
+        )
+        for method, order in orders.items()
     }
 
 
 def summarize(aucs: dict[str, dict[str, np.ndarray]], seed: int = 0) -> dict:
-    """Summarize the area under each curve with a 95 % bootstrap interval, and compare with random.
+    """Summarize the area under each curve, and compare it with random order by bootstrap.
 
     Args:
         aucs: One area per image, (N,), by method and kind.
         seed: Seed for the bootstrap.
 
     Returns:
-        By method and kind: `auc` and its `interval`; except for random order, also
+        By method and kind: `auc`; except for random order, also
         `gain_over_random` on the same images (positive is better), `gain_interval`, and
         `beats_random`, which is true if that interval is above 0.
     """
@@ -114,7 +103,7 @@ def summarize(aucs: dict[str, dict[str, np.ndarray]], seed: int = 0) -> dict:
     summary: dict[str, dict] = {}
     for method, kinds in aucs.items():
         for kind, values in kinds.items():
-            entry = {"auc": float(values.mean()), "interval": _interval(values[samples])}
+            entry = {"auc": float(values.mean())}
             if method != "random":
                 gain = values - aucs["random"][kind]
                 gain = -gain if kind == "deletion" else gain
@@ -129,8 +118,8 @@ def summarize(aucs: dict[str, dict[str, np.ndarray]], seed: int = 0) -> dict:
 
 
 def auc(curve: np.ndarray) -> np.ndarray:
-    """Return the areas (N,) under curves (N, STEPS) over the share of patches, 0 to 1."""
-    return np.trapezoid(curve, dx=1 / (curve.shape[1] - 1), axis=1)
+    """Return the areas (..., N) under curves (..., N, STEPS) over the share of patches, 0 to 1."""
+    return np.trapezoid(curve, dx=1 / (curve.shape[-1] - 1), axis=-1)
 
 
 @torch.inference_mode()

@@ -1,7 +1,6 @@
 """Draw the attention maps of selected images, and an overview sheet."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,7 +126,7 @@ def draw(
         folder: The output folder; nothing is written before the first image is explained.
         layer: The layer of the single map, from 0; -1 is the last.
         head: The head of the single map, from 0.
-        target: The target class of relevance, by name or number; by default the predicted one.
+        target: The target class of relevance; by default the predicted one.
 
     Returns:
         The files, the overview last, and the owner of each file's images: "user" or "dataset".
@@ -138,14 +137,16 @@ def draw(
     if not examples:
         raise UserError("No image is selected: give files or rows, or neither for a default.")
     labels = model.config.id2label
-    target_class = None if target is None else _find_class(target, labels)
+    if target is not None and target not in model.config.label2id:
+        raise UserError(f'There is no class "{target}"; choose from {", ".join(labels.values())}.')
     shown = examples[:: -(-len(examples) // SHEET)]  # evenly: correct answers and errors
     sheet, files = [], {}
-    for batch in _batches(examples):
+    for start in range(0, len(examples), BATCH):
+        batch = examples[start : start + BATCH]
         images = [example.open() for example in batch]
         try:
             pixels = _pixels(images, processor).to(model.device)
-            maps = attention.compute_maps(model, pixels, target_class)
+            maps = attention.compute_maps(model, pixels, model.config.label2id.get(target))
             maps.select("head", layer, head)  # raises for a wrong layer or head
             images = [visible_part(image, processor) for image in images]
         except ValueError as error:
@@ -201,20 +202,6 @@ def _pixels(images: list[Image.Image], processor) -> torch.Tensor:
     """Return float (B, 3, S, S), preprocessed one by one, since image sizes differ."""
     tensors = [torch.tensor(np.asarray(image)).permute(2, 0, 1)[None] for image in images]
     return torch.cat([preprocess(tensor, processor) for tensor in tensors])
-
-
-def _batches(items: list) -> Iterator[list]:
-    for start in range(0, len(items), BATCH):
-        yield items[start : start + BATCH]
-
-
-def _find_class(target: str, labels: dict[int, str]) -> int:
-    """Find a class by name, otherwise by number, since a class may be named "2"."""
-    by_name = {label: number for number, label in labels.items()}
-    by_number = {str(number): number for number in labels}
-    if target not in by_number | by_name:
-        raise UserError(f'There is no class "{target}"; choose from {", ".join(labels.values())}.')
-    return (by_number | by_name)[target]
 
 
 def _file_name(text: str) -> str:
