@@ -23,7 +23,6 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -198,13 +197,7 @@ def hub_commit(repo_type: str, name: str, revision: str | None = None) -> str | 
     if constants.HF_HUB_OFFLINE:
         return None
     try:
-        return (
-            HfApi()
-            .repo_info(name, repo_type=repo_type, revision=revision, timeout=TIMEOUT, token=None)
-            .sha
-        )
-    except OfflineModeIsEnabled:
-        return None
+        return HfApi().repo_info(name, repo_type=repo_type, revision=revision, timeout=TIMEOUT).sha
     except RevisionNotFoundError:
         raise UserError(f'The {repo_type} "{name}" has no revision "{revision}".') from None
     except GatedRepoError:
