@@ -6,7 +6,6 @@ are kept in a private bucket, from which a restarted job resumes.
 
 import re
 import shlex
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,9 +85,12 @@ def plan(
                 f'The {kind} "{source}" is a folder on this machine, which a job can\'t access: '
                 "upload it to the Hub, and use its Hub id."
             )
-    if name.endswith((".yaml", ".yml")) and not _git("ls-files", name):
+    commit = runs.git("rev-parse", "HEAD")
+    if not commit:
+        raise UserError("A job takes its code from git, and this is no clone: start it from one.")
+    if name.endswith((".yaml", ".yml")) and not runs.git("ls-files", str(Path(name).absolute())):
         raise UserError(f"The recipe {name} is not in git: commit it, since jobs get only commits.")
-    if changed := _git("status", "--porcelain"):
+    if changed := runs.git("status", "--porcelain"):
         print(f"The job runs the last commit, without {len(changed.splitlines())} changed files.")
     machines = {machine.name: machine for machine in retry(api.list_jobs_hardware)}
     if flavor not in machines:
@@ -113,7 +115,7 @@ def plan(
         timeout=timeout,
         price=_hourly_price(machines[flavor]),
         hours=float(match[1]) * HOURS[match[2]],
-        commit=_git("rev-parse", "HEAD"),
+        commit=commit,
         code_repo=f"{account}/{model}-code",
         bucket=f"{account}/{model}-checkpoints",
     )
@@ -123,7 +125,8 @@ def submit(api: HfApi, job: Job) -> JobInfo:
     """Upload the code, create the bucket, and start the job."""
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder, BUNDLE)
-        _git("bundle", "create", "--quiet", str(bundle), "HEAD")
+        if runs.git("bundle", "create", "--quiet", str(bundle), "HEAD") is None:
+            raise UserError("git can't bundle the last commit: does `git fsck` find an error?")
         retry(api.create_repo, job.code_repo, repo_type="dataset", private=True, exist_ok=True)
         commit = retry(
             api.upload_file,
@@ -168,14 +171,3 @@ def follow(api: HfApi, job: JobInfo) -> None:
 
 def _hourly_price(machine: JobHardwareInfo) -> float:
     return machine.unit_cost_usd * {"minute": 60, "hour": 1, "second": 3600}[machine.unit_label]
-
-
-def _git(*args: str) -> str:
-    command = ["git", "-C", str(Path(__file__).parents[2]), *args]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(
-            f"A job takes its code from git, but git {args[0]} failed: "
-            f"{getattr(error, 'stderr', '').strip() or error}"
-        ) from None
