@@ -76,6 +76,7 @@ class ModelArguments:
     resize: str = HfArg(default="squash", help="squash images to squares, or crop their center")
     attention: str = HfArg(default="auto", help="in training: sdpa, eager, or auto (the faster)")
     freeze_backbone: bool = HfArg(default=False, help="train only the head")
+    linear_probe_samples: int = HfArg(default=0, help="first fit the head to so many images")
     drop_path_rate: float = HfArg(default=0.0, help="stochastic depth, if the model supports it")
     layer_decay: float = HfArg(default=1.0, help="a layer's learning rate divided by the next's")
 
@@ -183,7 +184,7 @@ def load_recipe(name: str, overrides: list[str] = (), run: str | None = None) ->
     """
     path = _find(name)
     settings = _read_yaml(path)
-    overrides = _expand_flags(overrides)
+    overrides = list(overrides)
     pairs = [arg[2:].partition("=") for arg in overrides if arg.startswith("--")]
     given = {key.replace("-", "_"): value for key, _, value in pairs}
     check_keys(list(settings), set(RECIPE_DEFAULTS), from_hub=name.startswith("hub:"))
@@ -246,8 +247,10 @@ def load_settings(model: str) -> dict | None:
     return _read_yaml(path) if path else None
 
 
-def data_arguments(model: str, dataset: str | None = None) -> DataArguments:
-    """Return the data arguments of a model's recipe, with `dataset`, if given, as the dataset.
+def data_arguments(
+    model: str, dataset: str | None = None, image: str | None = None, label: str | None = None
+) -> DataArguments:
+    """Return the data arguments of a model's recipe, with another dataset or columns if given.
 
     Raises:
         UserError: There is neither a recipe nor a dataset.
@@ -257,19 +260,11 @@ def data_arguments(model: str, dataset: str | None = None) -> DataArguments:
         raise UserError(f'"{model}" has no recipe.yaml: name the dataset with DATASET=.')
     keys = [key.name for key in fields(DataArguments)]
     data = DataArguments(**{key: settings[key] for key in keys if key in (settings or {})})
+    columns = {"image_column": image, "label_column": label}
+    data = replace(data, **{key: name for key, name in columns.items() if name})
     if dataset is None:
         return data
     return replace(data, dataset=dataset, dataset_config=None, dataset_revision=None)
-
-
-def _expand_flags(args: list[str]) -> list[str]:
-    """Expand `--no_KEY` to `--KEY=false`, and `--KEY` without a value to `--KEY=true`."""
-    args = [re.sub(r"^--no[_-]([^=]+)$", r"--\1=false", arg) for arg in args]
-    pairs = zip(args, [*args, "--"][1:], strict=True)
-    return [
-        f"{arg}=true" if arg.startswith("--") and "=" not in arg and after.startswith("--") else arg
-        for arg, after in pairs
-    ]
 
 
 def _find(name: str) -> Path:

@@ -3,9 +3,9 @@
 import difflib
 import math
 from dataclasses import fields
-from importlib.util import find_spec
 
 from transformers import AutoConfig, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from pipeline.errors import UserError
@@ -62,7 +62,8 @@ RANGES = {
     ),
     "0 or more": (
         lambda value: value >= 0,
-        ("mixup", "cutmix", "weight_decay", "warmup_steps", "max_grad_norm", "seed"),
+        ("mixup", "cutmix", "weight_decay", "warmup_steps", "max_grad_norm", "seed",
+         "linear_probe_samples"),
     ),
     "from 0 to less than 1": (
         lambda value: 0 <= value < 1,
@@ -113,12 +114,12 @@ def check_values(recipe) -> None:
         if values[key] not in choices:
             raise UserError(f'{key} is "{values[key]}"; choose {" or ".join(choices)}.')
     metric = (args.metric_for_best_model or "").removeprefix("eval_")
-    if metric not in METRICS:
+    if metric not in ("", *METRICS):
         raise UserError(f'metric_for_best_model is "{metric}"; choose from {", ".join(METRICS)}.')
     for name in args.report_to:
-        if find_spec(name) is None:
+        if name not in get_available_reporting_integrations():
             raise UserError(
-                f'report_to is "{name}", but the package is not installed: run '
+                f'report_to is "{name}", which is not available: install its package, such as '
                 f"`.venv/bin/pip install {name}`, or remove report_to."
             )
     if objective.early_stopping_patience and not args.load_best_model_at_end:
@@ -134,7 +135,7 @@ def check_values(recipe) -> None:
     if model.image_size_schedule is not None:
         _check_schedule(model.image_size_schedule, model.image_size)
     if data.streaming:
-        _check_streaming(objective, args)
+        _check_streaming(model, objective, args)
     if model.model_config is not None:
         _check_model_config(model.model_config)
 
@@ -170,13 +171,15 @@ def _check_schedule(schedule: dict, image_size: int) -> None:
         )
 
 
-def _check_streaming(objective, args: TrainingArguments) -> None:
+def _check_streaming(model, objective, args: TrainingArguments) -> None:
     if args.max_steps <= 0:
         raise UserError(
             "A streamed dataset has no end: set the number of steps, as in ARGS=--max_steps=10000."
         )
     if args.ignore_data_skip:
         raise UserError("A resumed stream reads no image twice: remove ignore_data_skip.")
+    if model.linear_probe_samples:
+        raise UserError("A stream can be read only once: remove linear_probe_samples.")
     if objective.class_weights == "balanced":
         raise UserError(
             "class_weights: balanced needs to count all labels, which is impossible for a stream: "

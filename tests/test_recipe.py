@@ -23,7 +23,7 @@ def test_every_recipe_is_understood(name):
 def test_the_command_line_wins_over_the_file():
     recipe = load_recipe(
         "vit-base",
-        ["--learning_rate=2e-4", "--seed", "7", "--no_horizontal_flip", "--mixup", "0.2"],
+        ["--learning_rate=2e-4", "--seed", "7", "--horizontal_flip=false", "--mixup", "0.2"],
     )
     assert recipe.training.learning_rate == 2e-4
     assert recipe.training.seed == 7
@@ -69,7 +69,7 @@ def test_a_number_written_without_a_point_is_a_number(tmp_path):
         (["--max_train_samples=0"], "max_train_samples is 0"),
         (["--resize=fit"], 'resize is "fit"; choose squash or crop'),
         (["--metric_for_best_model=acuracy"], 'metric_for_best_model is "acuracy"; choose from'),
-        (["--report_to=wandbb"], 'report_to is "wandbb", but the package is not installed'),
+        (["--report_to=wandbb"], 'report_to is "wandbb", which is not available'),
         (["--push_to_hub"], "`make push`"),
         (["--hub_model_id=x/y"], "`make push`"),
         (["--class_weights=even"], "class_weights is even; use balanced"),
@@ -121,8 +121,8 @@ def test_a_wrong_type_in_the_file_is_named(tmp_path):
 
 
 def test_a_lone_flag_is_true():
-    recipe = load_recipe("demo", ["--disable_tqdm", "--horizontal_flip", "--seed=3"])
-    assert recipe.training.disable_tqdm
+    recipe = load_recipe("demo", ["--streaming", "--max_steps=9", "--horizontal_flip", "--seed=3"])
+    assert recipe.data.streaming
     assert recipe.augmentation.horizontal_flip
 
 

@@ -10,7 +10,7 @@ import shutil
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.data.loading import load_split
@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.outputs import predict
 from pipeline.recipe import Recipe
 from pipeline.runs import print_once
-from pipeline.training.backbone import head_names
+from pipeline.training.backbone import output_layers
 from pipeline.training.model import load_model
 
 
@@ -39,14 +39,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
 
 def fold_temperature(model: PreTrainedModel, temperature: float) -> None:
     """Divide a model's logits by the temperature, by scaling its last linear layers in place."""
-    heads = head_names(model)
-    layers = [
-        layer
-        for name, layer in model.named_modules()  # SwiftFormer averages two
-        if isinstance(layer, nn.Linear)
-        and f"{name}.weight" in heads
-        and layer.out_features == model.config.num_labels
-    ]
+    layers = output_layers(model)
     if not layers:
         raise UserError(f"{type(model).__name__} has no last linear layer: remove calibrate.")
     with torch.no_grad():

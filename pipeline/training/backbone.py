@@ -27,6 +27,15 @@ def head_names(model: PreTrainedModel) -> set[str]:
     return {name for name in names if name.startswith(last + ".")}
 
 
+def output_layers(model: PreTrainedModel) -> list[nn.Linear]:
+    """Return the linear layers of the head that give the logits; SwiftFormer averages two."""
+    heads, classes = head_names(model), model.config.num_labels
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return [
+        m for name, m in linear.items() if f"{name}.weight" in heads and m.out_features == classes
+    ]
+
+
 def check_weights(model: PreTrainedModel, info: dict) -> None:
     """Raise ValueError unless the checkpoint's backbone has the model's weights, and no others.
 

@@ -32,9 +32,11 @@ class ProgressLines(ProgressCallback):
 class WallClock(TrainerCallback):
     """Add `wall_s` to each log entry: seconds of training so far, including before a resume."""
 
+    def __init__(self):
+        self.start = time.monotonic()
+
     def on_train_begin(self, args, state, control, **kwargs):
-        before = max((entry.get("wall_s", 0) for entry in state.log_history), default=0)
-        self.start = time.monotonic() - before
+        self.start -= max((entry.get("wall_s", 0) for entry in state.log_history), default=0)
 
     def on_log(self, args, state, control, **kwargs):
         state.log_history[-1]["wall_s"] = round(time.monotonic() - self.start, 1)

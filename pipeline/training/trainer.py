@@ -19,8 +19,11 @@ from pipeline.errors import UserError
 from pipeline.evaluation.metrics import ImageClassification
 from pipeline.recipe import Recipe
 from pipeline.recipe_checks import METRICS
+from pipeline.runs import print_once
 from pipeline.training.callbacks import ProgressLines, StopOnDivergence, StopOnSignal, WallClock
 from pipeline.training.checkpoints import restore
+from pipeline.training.config import training_sizes
+from pipeline.training.linear_probe import fit_head
 from pipeline.training.model import size_options
 from pipeline.training.optimizer import parameter_groups
 
@@ -35,6 +38,7 @@ class ImageTrainer(Trainer):
     - `_load_from_checkpoint`, `_load_best_model` restore every weight. The originals read a
       checkpoint without converting its names and leave most of a ViT untrained (transformers
       issues 43701 and 48805). Remove them when both are fixed; a test then fails.
+    - `train` fits the head first, if the recipe says so: permanent.
     - `create_optimizer` builds groups for layer-wise decay: permanent.
     - `get_train_dataloader`, `_save_rng_state` handle streams. Remove them when accelerate passes
       batches of an IterableDataset through and saves its state.
@@ -84,6 +88,14 @@ class ImageTrainer(Trainer):
             callbacks.append(EarlyStoppingCallback(patience))
         for callback in callbacks:
             self.add_callback(callback)
+
+    def train(self, resume_from_checkpoint=None, **options):
+        count, size = self.recipe.model.linear_probe_samples, training_sizes(self.recipe.model)[0]
+        if count and not resume_from_checkpoint:
+            images = self.train_dataset.dataset
+            correct = fit_head(self.model, self.processing_class, images, count, size)
+            print_once(f"Fitted the head to training images; {correct:.1%} of them are correct.")
+        return super().train(resume_from_checkpoint, **options)
 
     def get_train_dataloader(self) -> DataLoader:
         if not self.recipe.data.streaming:

@@ -45,7 +45,7 @@ def exported(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
         options = ["--num_train_epochs=8", "--learning_rate=1e-3", "--image_size_schedule={0: 32}"]
-        recipe = load_recipe("demo", [*options, "--disable_tqdm"], "run")
+        recipe = load_recipe("demo", [*options, "--disable_tqdm=true"], "run")
         train(recipe)
         save(evaluate("models/run", recipe.data), Path("results/run"))
         monkeypatch.setattr(onnx, "MIN_SAME_CLASS", 0.95)  # little trained, so near ties

@@ -13,7 +13,7 @@ from samples import ROOT
 
 
 def test_a_missing_dashboard_package_is_named_before_anything_is_loaded(tiny_recipe):
-    with pytest.raises(UserError, match=r"clearml.*not installed.*pip install clearml"):
+    with pytest.raises(UserError, match=r"clearml.*not available.*pip install clearml"):
         load_recipe(tiny_recipe, ["--report_to=clearml"])
 
 

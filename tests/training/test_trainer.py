@@ -70,7 +70,9 @@ SCHEDULE = ["--image_size_schedule={0: 16, 0.34: 32, 0.67: 48}", "--image_size=4
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("options", "kill_after"), [([], [5]), (SCHEDULE, [5, 20, 35])], ids=["one size", "schedule"]
+    ("options", "kill_after"),
+    [(["--linear_probe_samples=200"], [5]), (SCHEDULE, [5, 20, 35])],
+    ids=["one size, fitted head", "schedule"],
 )
 def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(
     tiny_recipe, here, options, kill_after
@@ -150,7 +152,7 @@ def trainer_with_a_worse_end(request, backbones, here):
         f"{{dataset: digits, model: {backbones[request.param]}, image_size: 32, max_steps: 3}}"
     )
     every = ["--eval_strategy=steps", "--eval_steps=3", "--save_strategy=steps", "--save_steps=3"]
-    recipe = load_recipe("short.yaml", [*every, "--disable_tqdm"])
+    recipe = load_recipe("short.yaml", [*every, "--disable_tqdm=true"])
     processor = build_processor(recipe.model)
     splits = load_splits(recipe.data, processor, "train", "validation")
     model = build_model(recipe.model, splits["train"].features["label"].names)
