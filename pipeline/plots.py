@@ -178,7 +178,8 @@ def _matrix(shades: np.ndarray, texts: list[list[str]], rows, columns):
 def _confused_pairs(counts: np.ndarray, labels: list[str], path: Path) -> None:
     errors = counts * (1 - np.eye(len(counts), dtype=counts.dtype))
     order = np.argsort(errors, axis=None)[::-1][:MAX_PAIRS]
-    pairs = [pair for pair in zip(*np.unravel_index(order, errors.shape), strict=True)][::-1]
+    pairs = zip(*np.unravel_index(order, errors.shape), strict=True)
+    pairs = [pair for pair in pairs if errors[pair]][::-1]
     names = [f"{labels[true]} predicted as {labels[predicted]}" for true, predicted in pairs]
     figure, axes = plt.subplots(figsize=(8, 0.25 * MAX_PAIRS + 1))
     axes.barh(range(len(pairs)), [errors[pair] for pair in pairs], color=BLUE)
