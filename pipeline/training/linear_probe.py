@@ -4,6 +4,7 @@ Kumar et al. 2022, arXiv:2202.10054. Fine-tuning then starts from a head that kn
 instead of a random one, which would first distort the features.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -28,7 +29,7 @@ def fit_head(model: PreTrainedModel, processor, dataset: Dataset, count: int, si
         model: A classifier with a pretrained backbone.
         processor: Its image processor.
         dataset: Decoded training images.
-        count: How many of them to use, the same share of each class.
+        count: How many of them to use, the same share of each class and at least one.
         size: Image size in pixels.
 
     Returns:
@@ -44,7 +45,8 @@ def fit_head(model: PreTrainedModel, processor, dataset: Dataset, count: int, si
             f"{type(model).__name__} has {len(layers)}: remove it."
         )
     images, labels, features = DecodedImages(dataset), [], []
-    rows = torch.from_numpy(choose_rows(class_numbers(dataset), count))
+    left_out = choose_rows(class_numbers(dataset), len(dataset) - count)  # no class whole
+    rows = torch.from_numpy(np.setdiff1d(np.arange(len(dataset)), left_out))
     collector = layers[0].register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     is_training = model.training
     model.eval()

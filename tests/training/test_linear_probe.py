@@ -79,13 +79,23 @@ def test_it_fits_at_the_first_size_of_the_schedule_and_once(tiny_recipe, monkeyp
     assert calls == [(100, 16)]
 
 
-def test_fewer_images_than_asked_for_are_all_taken(backbones):
+@pytest.mark.parametrize(("count", "taken"), [(500, 20), (15, 15)])
+def test_as_many_images_are_used_as_asked_for_or_all(backbones, monkeypatch, count, taken):
+    seen = []
+
+    def regression(features, labels, classes):
+        seen.append(len(features))
+        return original(features, labels, classes)
+
+    original = linear_probe._logistic_regression
+    monkeypatch.setattr(linear_probe, "_logistic_regression", regression)
     arguments = ModelArguments(backbones["vit"], image_size=32)
     processor = build_processor(arguments)
     images = load_split(load_recipe("demo").data, "train", processor).select(range(20))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert fit_head(build_model(arguments, DIGITS), processor, images, 500, 32) > 0.5
+        fit_head(build_model(arguments, DIGITS), processor, images, count, 32)
+    assert seen == [taken]
 
 
 def test_a_model_with_two_last_layers_is_refused(backbones, monkeypatch):

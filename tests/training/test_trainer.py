@@ -309,6 +309,7 @@ def test_the_trained_model_agrees_with_pipeline_on_real_images(shared, here):
             f"--model={shared / 'models/dinov2-small'}",
             "--image_size=42",
             "--image_size_schedule=null",
+            "--linear_probe_samples=100",
             "--max_steps=3",
             "--per_device_train_batch_size=16",
             "--validation_size=0.001",
