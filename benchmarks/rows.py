@@ -89,17 +89,18 @@ def compare_training(args: Namespace, size: int, batch: int, steps: int) -> dict
 
 
 def equal_time(args: Namespace) -> list[dict]:
-    """Recipe `cpu`, with and without its image_size_schedule; the example at its own image size (in
-    parentheses), and tuned at ours. The examples use the guide's settings, and bfloat16 if ours
-    does. The time includes data preparation."""
+    """Recipe `cpu`, and without its image_size_schedule and linear_probe_samples ("plain"); the
+    example at its own image size (in parentheses), and tuned at ours. The examples use the guide's
+    settings, and bfloat16 if ours does. The time includes data preparation."""
     model, minutes = args.model or save_vit(98), 0.1 if args.quick else args.minutes
     options = "cpu", model, "--max_steps=1000000", *UNTIMED
-    ours, constant = (resolve(args, *options, *o) for o in ([], ["--image_size_schedule=null"]))
+    plain = ["--image_size_schedule=null", "--linear_probe_samples=0"]
+    ours, plain = (resolve(args, *options, *changes) for changes in ([], plain))
     own = transformers.AutoImageProcessor.from_pretrained(model).size.get("height", 224)
     size, errors = ours.model.image_size, {}
     theirs = partial(example.build_trainer, load_images(args, "train"), model)
     settings = example.GUIDE | example.TUNED | {"max_steps": 1_000_000}
-    sides = {"ours": partial(build_trainer, ours), "constant": partial(build_trainer, constant)}
+    sides = {"ours": partial(build_trainer, ours), "plain": partial(build_trainer, plain)}
     sides |= {"example": partial(theirs, own, settings), "tuned": partial(theirs, size, settings)}
     for side, build in sides.items():
         clock, trainer = Clock(60 * minutes), build()  # start the clock first
@@ -115,8 +116,8 @@ def equal_time(args: Namespace) -> list[dict]:
         interval = [100 * bound for bound in wilson_interval(wrong, total)]
         errors[side] = summarize([100 * wrong / total], interval)
     name = f"Test error after {minutes:g} minutes, {Path(model).name}, {size}"
-    constant = {"name": f"{name} px throughout", "unit": "%", "ours": errors.pop("constant")}
-    return [{"name": f"{name} ({own}) px", "unit": "%", **errors}, constant]
+    plain = {"name": f"{name} px, plain", "unit": "%", "ours": errors.pop("plain")}
+    return [{"name": f"{name} ({own}) px", "unit": "%", **errors}, plain]
 
 
 def one_image(args: Namespace) -> list[dict]:
