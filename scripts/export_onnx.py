@@ -9,7 +9,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", help="a folder or a Hub id (default: the last run)")
     parser.add_argument("--dataset", help="to check on (default: the one it was trained on)")
-    parser.add_argument("--max_images", type=int, help="check accuracy on only this many images")
+    parser.add_argument("--max_images", type=int, help="check on only this many images")
     args = parser.parse_args()
 
     # Imported after parsing, since these imports take seconds.

@@ -120,7 +120,7 @@ def test_what_else_was_measured_has_its_section(results):
 def test_the_smallest_copy_that_is_published_is_the_one_in_the_snippet(results):
     keys = ("accuracy", "same_class", "ms_per_image", "bytes")
     copy = dict.fromkeys(keys, 1) | {"accuracy_interval": [0.9, 1], "precision": "float32"}
-    about = {"images": 20, "parity_images": 20, "hardware": "a CPU"}
+    about = {"images": 20, "hardware": "a CPU"}
     for dtypes in (["fp32"], ["fp32", "fp16"], ["fp32", "q8"]):
         variants = {f"model_{dtype}.onnx": copy | {"dtype": dtype} for dtype in dtypes}
         text = render(results, onnx=about | {"variants": variants})
