@@ -41,6 +41,12 @@ class Source:
     names: list[str]  # class names
     roles: dict[str, str]  # role to published split name
 
+    def origin(self, role: str) -> dict:
+        """Return the published split that a role's images are from, and if they are only a part."""
+        is_part = role not in self.roles  # split off train
+        name = self.roles["train" if is_part else role]
+        return {"published_split": name, "is_part": is_part}
+
 
 def load_source(data: DataArguments | Source, names: list[str] | None = None) -> Source:
     """Open a dataset and find its splits, columns and classes; an open one is not reopened.

@@ -73,7 +73,7 @@ def evaluate(
     _check_same_data(name, settings, source)
     others = ood.load_others(ood_datasets, split, processor)
     splits = load_splits(source, processor, split, "validation", names=labels)
-    dataset, roles = splits[split], source.roles
+    dataset = splits[split]
     if others and "validation" not in splits:
         raise UserError(f'"{data.dataset}" has no validation images, which OOD detection needs.')
     run = partial(predict, model, processor, batch_size=batch_size, bf16=bf16, depth=ood.DEPTH)
@@ -114,8 +114,7 @@ def evaluate(
             "revision": data.dataset_revision,
             "local": data.dataset != "digits" and runs.is_local(data.dataset),
             "split": split,
-            "published_split": roles.get(split, roles.get("train")),
-            "is_part": split not in roles,  # split off train
+            **source.origin(split),
             "images": len(dataset),
             "sha256": content_hash(dataset),
         },

@@ -15,6 +15,7 @@ from transformers import AutoImageProcessor
 from pipeline import runs
 from pipeline.data.decoding import content_hash
 from pipeline.data.loading import load_split
+from pipeline.data.sources import load_source
 from pipeline.errors import UserError
 from pipeline.publish.card import short_name
 from pipeline.publish.connection import CLIENT_ERRORS, hub_errors, retry
@@ -67,9 +68,12 @@ def evaluated_data(folder: Path, results: dict, dataset: str | None) -> DataArgu
 
 def load_evaluated_split(folder: Path, results: dict, data: DataArguments) -> Dataset:
     """Load the decoded split of an evaluation; UserError if its images changed."""
-    name, labels = results["dataset"]["split"], results["labels"]
+    name, labels, source = results["dataset"]["split"], results["labels"], load_source(data)
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
-    split = load_split(data, name, processor, names=labels)
+    split = load_split(source, name, processor, names=labels)
+    origin = source.origin(name).items()
+    if data.dataset == results["dataset"]["name"] and not origin <= results["dataset"].items():
+        raise UserError(f"The {name} images are not from the published split that the card names.")
     changed = content_hash(split) != results["dataset"]["sha256"]
     if changed or split.features["label"].names != labels:
         raise UserError(f"The {name} images are not those that the model was evaluated on.")

@@ -225,6 +225,12 @@ def test_forged_metrics_in_json_and_card_together_fail(api, edits, message):
     fails(api, message)
 
 
+@pytest.mark.parametrize("edit", [{"is_part": False}, {"published_split": "test"}])
+def test_a_part_of_train_is_not_published_as_a_whole_split(api, edit):
+    with pytest.raises(UserError, match="not from the published split that the card names"):
+        forge(api, dataset=lambda dataset: dataset | edit)
+
+
 @pytest.mark.parametrize(
     ("edits", "message"),
     [
