@@ -114,10 +114,10 @@ def check_values(recipe) -> None:
         if values[key] not in choices:
             raise UserError(f'{key} is "{values[key]}"; choose {" or ".join(choices)}.')
     metric = (args.metric_for_best_model or "").removeprefix("eval_")
-    if metric not in ("", *METRICS):
+    if metric not in METRICS:
         raise UserError(f'metric_for_best_model is "{metric}"; choose from {", ".join(METRICS)}.')
     for name in args.report_to:
-        if name not in get_available_reporting_integrations():
+        if name not in [*get_available_reporting_integrations(), "flyte"]:  # which it leaves out
             raise UserError(
                 f'report_to is "{name}", which is not available: install its package, such as '
                 f"`.venv/bin/pip install {name}`, or remove report_to."
@@ -179,7 +179,7 @@ def _check_streaming(model, objective, args: TrainingArguments) -> None:
     if args.ignore_data_skip:
         raise UserError("A resumed stream reads no image twice: remove ignore_data_skip.")
     if model.linear_probe_samples:
-        raise UserError("A stream can be read only once: remove linear_probe_samples.")
+        raise UserError("A stream is read only once: set --linear_probe_samples=0.")
     if objective.class_weights == "balanced":
         raise UserError(
             "class_weights: balanced needs to count all labels, which is impossible for a stream: "

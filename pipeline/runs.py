@@ -229,10 +229,15 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> str:
-    """Return the processor in use, such as "2 cores of AMD EPYC" or "NVIDIA H100 80GB HBM3"."""
+    """Return the device in use, such as "2 cores of AMD EPYC" or "NVIDIA H100 80GB HBM3"."""
     if torch.cuda.is_available():
         count = int(os.environ.get("WORLD_SIZE", "1"))  # each process uses one
         return (f"{count} x " if count > 1 else "") + torch.cuda.get_device_name()
+    return processor()
+
+
+def processor() -> str:
+    """Return the CPU cores in use, such as "2 cores of AMD EPYC"."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     lines = info.read_text("utf-8").splitlines() if info.is_file() else []

@@ -24,8 +24,8 @@ def main() -> None:
     given = {key: getattr(args, key) for key in ("dataset", "image_column", "label_column")}
     given = {key: value for key, value in given.items() if value}
     data = DataArguments(**given)
-    if not args.dataset and args.model:
-        data = replace(data_arguments(args.model), max_train_samples=None, **given)
+    if args.model:  # the splits of its recipe, if it has one
+        data = replace(data_arguments(args.model, args.dataset), max_train_samples=None, **given)
     report, sheets = audit(data, args.model, args.image_size)
     folder = audit_folder(data.dataset)
     runs.write_json(folder / "audit.json", report)

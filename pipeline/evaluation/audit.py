@@ -144,13 +144,13 @@ def duplicate_rows(source: Source, split: str) -> list[int] | None:
     report = runs.read_json(audit_folder(source.data.dataset) / "audit.json")
     if not report or source.data.streaming:
         return None
-    # An audit with MODEL= takes all training images, and splits of the model's recipe.
+    # An audit takes all training images.
     source = replace(source, data=replace(source.data, max_train_samples=None))
     if report["fingerprint"] == fingerprint(source):
         return report["splits"][split]["in_earlier_splits"]
     runs.print_once(
         f'The audit of "{source.data.dataset}" is of other images or splits, so the accuracy '
-        "without near-duplicates is not reported: run `make audit` again, with MODEL=."
+        "without near-duplicates is not reported: run `make audit` again, with the same MODEL=."
     )
     return None
 

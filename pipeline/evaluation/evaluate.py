@@ -70,7 +70,7 @@ def evaluate(
             f'"{name}" classifies {len(labels)} classes ({shorten(labels)}), but the dataset '
             f'"{data.dataset}" has {len(source.names)} ({shorten(source.names)}): use another.'
         )
-    _check_same_data(name, settings, source)
+    _check_same_data(name, settings, source, split)
     others = ood.load_others(ood_datasets, split, processor)
     splits = load_splits(source, processor, split, "validation", names=labels)
     dataset = splits[split]
@@ -112,6 +112,8 @@ def evaluate(
             "name": data.dataset,
             "config": data.dataset_config or dataset.info.config_name,
             "revision": data.dataset_revision,
+            "image_column": data.image_column,
+            "label_column": data.label_column,
             "local": data.dataset != "digits" and runs.is_local(data.dataset),
             "split": split,
             **source.origin(split),
@@ -196,8 +198,11 @@ def _without(rows: list[int] | None, logits: Tensor, labels: Tensor) -> dict | N
     return accuracy | {"removed": len(rows), "images": len(correct)}
 
 
-def _check_same_data(model: str, settings: dict | None, source: Source) -> None:
-    """Raise UserError if a run's own dataset has changed, since its splits would differ."""
+def _check_same_data(model: str, settings: dict | None, source: Source, split: str) -> None:
+    """Raise UserError if a run's own dataset has changed, since its splits would differ.
+
+    Other columns change a split that is split off train, but not a published one.
+    """
     data = source.data
     training = runs.read_json(Path(model).expanduser() / "training.json") or {}
     if not (settings and "data" in training):
@@ -205,7 +210,10 @@ def _check_same_data(model: str, settings: dict | None, source: Source) -> None:
     own = data_arguments(model)
     paths = [Path(name).expanduser().resolve() for name in (own.dataset, data.dataset)]
     if own.dataset == data.dataset or (paths[0] == paths[1] and paths[1].is_dir()):
-        if replace(own, dataset=data.dataset, dataset_revision=data.dataset_revision) != data:
+        same = {"dataset": data.dataset, "dataset_revision": data.dataset_revision}
+        if split not in source.roles:
+            same |= {"image_column": data.image_column, "label_column": data.label_column}
+        if replace(own, **same) != data:
             return
         if fingerprint(source) != training["data"]:
             raise UserError(

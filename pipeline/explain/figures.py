@@ -137,7 +137,8 @@ def draw(
     if not examples:
         raise UserError("No image is selected: give files or rows, or neither for a default.")
     labels = model.config.id2label
-    if target is not None and target not in model.config.label2id:
+    numbers = {label: number for number, label in labels.items()}
+    if target not in (None, *numbers):
         raise UserError(f'There is no class "{target}"; choose from {", ".join(labels.values())}.')
     shown = examples[:: -(-len(examples) // SHEET)]  # evenly: correct answers and errors
     sheet, files = [], {}
@@ -146,7 +147,7 @@ def draw(
         images = [example.open() for example in batch]
         try:
             pixels = _pixels(images, processor).to(model.device)
-            maps = attention.compute_maps(model, pixels, model.config.label2id.get(target))
+            maps = attention.compute_maps(model, pixels, numbers.get(target))
             maps.select("head", layer, head)  # raises for a wrong layer or head
             images = [visible_part(image, processor) for image in images]
         except ValueError as error:

@@ -23,7 +23,6 @@ from pipeline.data.loading import load_split
 from pipeline.data.transforms import input_size, preprocess
 from pipeline.errors import UserError
 from pipeline.evaluation.metrics import wilson_interval
-from pipeline.evaluation.outputs import predict
 from pipeline.recipe import DataArguments
 from pipeline.training.model import load_model
 
@@ -34,7 +33,7 @@ VARIANTS = {  # file: (dtype in transformers.js, precision)
     "model_quantized.onnx": ("q8", "int8"),
 }
 REPORT = "onnx/onnx.json"
-MAX_LOGIT_DIFFERENCE = 1e-4  # for the float32 copy
+MAX_LOGIT_DIFFERENCE = 1e-3  # for the float32 copy
 MIN_SAME_CLASS = 0.99  # share of images, for all copies; no more accuracy than the rest can be lost
 
 
@@ -70,11 +69,15 @@ def export(name: str, data: DataArguments, max_images: int | None = None) -> dic
     folder = runs.results_folder(name)
     with tempfile.TemporaryDirectory() as made:
         _write_variants(model, input_size(processor), Path(made))
-        expected, truth = (value.numpy() for value in predict(model, processor, split))
-        model.cpu()
+        images, expected = DecodedImages(split), []
+        with torch.inference_mode():  # on the CPU, as ONNX Runtime: a GPU may round to TF32
+            for rows in tqdm(torch.arange(len(images)).split(50), "Predicting"):
+                pixels = preprocess(images.batch(rows)["pixel_values"], processor)
+                expected.append(model(pixels).logits)
+        expected, truth = torch.cat(expected).numpy(), np.asarray(split["label"][:])
         variants = {}
         for file, (dtype, precision) in VARIANTS.items():
-            report = _check(Path(made) / file, processor, DecodedImages(split), truth, expected)
+            report = _check(Path(made) / file, processor, images, truth, expected)
             if reason := _disagreement(precision, report):
                 if precision == "float32":
                     raise UserError(f"The ONNX copy of {name} {reason}: it can't be published.")
@@ -89,7 +92,7 @@ def export(name: str, data: DataArguments, max_images: int | None = None) -> dic
         "data": evaluated,
         "images": len(split),
         "variants": variants,
-        "hardware": runs.hardware(),
+        "hardware": runs.processor(),
         "versions": {package: runs.version(package) for package in PACKAGES},
     }
     runs.write_json(folder / REPORT, report)

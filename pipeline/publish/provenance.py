@@ -60,7 +60,8 @@ def evaluated_data(folder: Path, results: dict, dataset: str | None) -> DataArgu
     if not dataset and info["local"] and not Path(info["name"]).expanduser().is_dir():
         name = short_name(info["name"])
         raise UserError(f'The model was evaluated on a local dataset, "{name}": set DATASET=.')
-    data = data_arguments(str(folder), dataset or info["name"])
+    columns = info.get("image_column"), info.get("label_column")
+    data = data_arguments(str(folder), dataset or info["name"], *columns)
     if dataset:
         return data
     return replace(data, dataset_config=info["config"], dataset_revision=info["revision"])

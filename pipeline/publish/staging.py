@@ -82,7 +82,9 @@ def stage_model(
         facts["code_url"] = code_url or provenance.find_code_url()
         facts["dashboard"] = provenance.find_dashboard(api, model)
         facts["onnx"] = runs.read_json(files[onnx.REPORT]) if onnx.REPORT in files else None
-        if facts["onnx"] and facts["onnx"].get("data") != results["dataset"]["sha256"]:
+        if (copies := facts["onnx"]) and (
+            copies.get("data") != results["dataset"]["sha256"] or "parity_images" in copies
+        ):  # the latter by an earlier version, on a part of them
             raise UserError(
                 f"The ONNX copies of {model} were checked on other images than its accuracy: run "
                 f"`make export MODEL={model}` with the same DATASET=."

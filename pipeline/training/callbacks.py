@@ -32,8 +32,7 @@ class ProgressLines(ProgressCallback):
 class WallClock(TrainerCallback):
     """Add `wall_s` to each log entry: seconds of training so far, including before a resume."""
 
-    def __init__(self):
-        self.start = time.monotonic()
+    start: float  # set by `ImageTrainer.train`
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start -= max((entry.get("wall_s", 0) for entry in state.log_history), default=0)

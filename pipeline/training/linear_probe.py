@@ -7,6 +7,7 @@ instead of a random one, which would first distort the features.
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import broadcast
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -14,7 +15,6 @@ from transformers import PreTrainedModel
 from pipeline.data.decoding import DecodedImages
 from pipeline.data.splits import choose_rows, class_numbers
 from pipeline.data.transforms import preprocess
-from pipeline.errors import UserError
 from pipeline.training.backbone import output_layers
 from pipeline.training.model import size_options
 
@@ -34,20 +34,12 @@ def fit_head(model: PreTrainedModel, processor, dataset: Dataset, count: int, si
 
     Returns:
         The share of these images that the model then classifies correctly.
-
-    Raises:
-        UserError: The model does not have one last linear layer.
     """
-    layers = output_layers(model)
-    if len(layers) != 1:
-        raise UserError(
-            f"linear_probe_samples needs a model with one last linear layer, and "
-            f"{type(model).__name__} has {len(layers)}: remove it."
-        )
+    (head,) = output_layers(model)  # see `build_model`
     images, labels, features = DecodedImages(dataset), [], []
     left_out = choose_rows(class_numbers(dataset), len(dataset) - count)  # no class whole
     rows = torch.from_numpy(np.setdiff1d(np.arange(len(dataset)), left_out))
-    collector = layers[0].register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    collector = head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     is_training = model.training
     model.eval()
     with torch.no_grad():
@@ -59,12 +51,13 @@ def fit_head(model: PreTrainedModel, processor, dataset: Dataset, count: int, si
     collector.remove()
     model.train(is_training)
     features, labels = torch.cat(features).float(), torch.cat(labels)
-    weight, bias = _logistic_regression(features, labels, model.config.num_labels)
+    fitted = _logistic_regression(features, labels, model.config.num_labels)
+    weight, bias = broadcast(list(fitted))  # the first process's, since they may round differently
     with torch.no_grad():
-        layers[0].weight.copy_(weight)
-        if layers[0].bias is not None:
-            layers[0].bias.copy_(bias)
-        return (layers[0](features).argmax(dim=1) == labels).float().mean().item()
+        head.weight.copy_(weight)
+        if head.bias is not None:
+            head.bias.copy_(bias)
+        return (head(features).argmax(dim=1) == labels).float().mean().item()
 
 
 def _logistic_regression(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,13 @@ from pipeline.data.transforms import input_size
 from pipeline.errors import UserError
 from pipeline.recipe import ModelArguments
 from pipeline.runs import split_revision
-from pipeline.training.backbone import carry_over, check_weights, fixed_size_config, head_names
+from pipeline.training.backbone import (
+    carry_over,
+    check_weights,
+    fixed_size_config,
+    head_names,
+    output_layers,
+)
 from pipeline.training.config import (
     check_exists,
     config_parts,
@@ -68,6 +74,11 @@ def build_model(arguments: ModelArguments, labels: list[str]) -> PreTrainedModel
         _set_attention(model, arguments.attention)
         for size in training_sizes(arguments):
             _check_output(model, size)
+    if arguments.linear_probe_samples and len(output_layers(model)) != 1:
+        raise UserError(
+            f"linear_probe_samples needs a model with one last linear layer, which "
+            f"{type(model).__name__} has not: set --linear_probe_samples=0."
+        )
     if arguments.freeze_backbone:
         _freeze_backbone(model)
     return model

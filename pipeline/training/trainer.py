@@ -1,6 +1,7 @@
 """transformers' `Trainer` for images, overridden where the original is unsuitable."""
 
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,8 @@ class ImageTrainer(Trainer):
         self.class_weights = self._class_weights(train_set)
         self.stop_on_signal = StopOnSignal(self.accelerator)
         self.remove_callback(ProgressCallback)
-        callbacks = [WallClock(), StopOnDivergence(), self.stop_on_signal]
+        self.wall_clock = WallClock()
+        callbacks = [self.wall_clock, StopOnDivergence(), self.stop_on_signal]
         if not recipe.training.disable_tqdm:
             callbacks.append(ProgressLines())
         if patience := recipe.objective.early_stopping_patience:
@@ -90,10 +92,13 @@ class ImageTrainer(Trainer):
             self.add_callback(callback)
 
     def train(self, resume_from_checkpoint=None, **options):
+        self.wall_clock.start = time.monotonic()
         count, size = self.recipe.model.linear_probe_samples, training_sizes(self.recipe.model)[0]
         if count and not resume_from_checkpoint:
-            images = self.train_dataset.dataset
-            correct = fit_head(self.model, self.processing_class, images, count, size)
+            images, device = self.train_dataset.dataset, self.model.device
+            model = self.model.to(self.args.device)  # FSDP and DeepSpeed move it later
+            correct = fit_head(model, self.processing_class, images, count, size)
+            model.to(device)
             print_once(f"Fitted the head to training images; {correct:.1%} of them are correct.")
         return super().train(resume_from_checkpoint, **options)
 

@@ -95,7 +95,9 @@ def test_what_else_was_measured_has_its_section(results):
     text = render(results, ["reliability.png"])
     for score in ("energy", "msp", "mahalanobis"):
         entry = results["ood"]["scores"][score]["uniform noise"]
-        assert f"| uniform noise | {score} | {entry['auroc']:.4f} " in text
+        low, high = entry["auroc_interval"]
+        interval = f" ({low:.4f} to {high:.4f})" if entry["auroc"] < 1 else ""
+        assert f"| uniform noise | {score} | {entry['auroc']:.4f}{interval} |" in text
     assert f"| after | {results['calibration']['after']['ece']:.4f} |" in text
     assert "(reliability.png)" in text
     for absent in ("near-duplicates", "corruptions", "seed"):

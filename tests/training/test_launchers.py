@@ -79,6 +79,7 @@ def train_in_two(name: str, launcher: str, script: Path, recipe: str) -> dict[st
     """The weights of eleven steps in two processes, a checkpoint every four."""
     steps = ["--eval_strategy=steps", "--eval_steps=4", "--save_strategy=steps", "--save_steps=4"]
     options = ["--recipe", recipe, f"--run={name}", *steps, "--save_total_limit=9"]
+    options.append("--linear_probe_samples=200")
     result = two_processes(launcher, [script, *options, "--max_steps=11"])
     assert result.returncode == 0, result.stderr[-3000:]
     return load_file(f"models/{name}/model.safetensors")

@@ -12,7 +12,7 @@ from pipeline.data.loading import load_split
 from pipeline.errors import UserError
 from pipeline.evaluation.outputs import predict
 from pipeline.recipe import ModelArguments, load_recipe
-from pipeline.training import linear_probe, trainer
+from pipeline.training import linear_probe, model, trainer
 from pipeline.training.linear_probe import PENALTY, fit_head
 from pipeline.training.model import build_model, build_processor
 from pipeline.training.train import train
@@ -30,10 +30,12 @@ def test_it_fits_as_scikit_learn_does(classes):
     scale = inputs[0].std(dim=0).numpy()
     # One of two classes has half of the difference each, so each weight is penalized half as much.
     strength = 1 / (2 * PENALTY * len(labels)) * (2 if classes == 2 else 1)
-    model = LogisticRegression(C=strength, tol=1e-8, max_iter=1000).fit(features / scale, labels)
+    classifier = LogisticRegression(C=strength, tol=1e-8, max_iter=1000).fit(
+        features / scale, labels
+    )
     logits = torch.nn.functional.linear(inputs[0], weight, bias)
     np.testing.assert_allclose(
-        logits.softmax(dim=1), model.predict_proba(features / scale), atol=1e-3
+        logits.softmax(dim=1), classifier.predict_proba(features / scale), atol=1e-3
     )
 
 
@@ -49,15 +51,15 @@ def test_the_fitted_head_classifies_and_the_backbone_stays(backbones, kind):
     arguments = ModelArguments(backbones[kind], image_size=32)
     processor = build_processor(arguments)
     images = load_split(load_recipe("demo").data, "train", processor)
-    model = build_model(arguments, DIGITS).train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    network = build_model(arguments, DIGITS).train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
     state = torch.get_rng_state()
-    share = fit_head(model, processor, images, len(images), 32)
+    share = fit_head(network, processor, images, len(images), 32)
     assert torch.equal(torch.get_rng_state(), state)
-    assert model.training
-    changed = {name for name, v in model.state_dict().items() if not torch.equal(v, before[name])}
+    assert network.training
+    changed = {name for name, v in network.state_dict().items() if not torch.equal(v, before[name])}
     assert changed == {"classifier.weight", "classifier.bias"}
-    logits, labels = predict(model, processor, images)
+    logits, labels = predict(network, processor, images)
     assert share > 0.4  # of ten classes, with features of random weights
     assert (logits.argmax(dim=1) == labels).float().mean().item() == pytest.approx(share, abs=0.01)
 
@@ -99,12 +101,13 @@ def test_as_many_images_are_used_as_asked_for_or_all(backbones, monkeypatch, cou
 
 
 def test_a_model_with_two_last_layers_is_refused(backbones, monkeypatch):
-    monkeypatch.setattr(linear_probe, "output_layers", lambda model: [nn.Linear(2, 2)] * 2)
-    with pytest.raises(UserError, match="one last linear layer, and Linear has 2"):
-        fit_head(nn.Linear(2, 2), None, None, 10, 32)
+    monkeypatch.setattr(model, "output_layers", lambda network: [nn.Linear(2, 2)] * 2)
+    arguments = ModelArguments(backbones["vit"], image_size=32, linear_probe_samples=10)
+    with pytest.raises(UserError, match="one last linear layer, which ViTFor.* has not: set --lin"):
+        build_model(arguments, DIGITS)
 
 
 def test_a_stream_is_refused(tiny_recipe):
     options = ["--streaming", "--max_steps=5", "--linear_probe_samples=10"]
-    with pytest.raises(UserError, match="remove linear_probe_samples"):
+    with pytest.raises(UserError, match="set --linear_probe_samples=0"):
         load_recipe(tiny_recipe, options)

@@ -9,12 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
 from filelock import FileLock
 
 from pipeline import runs
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.recipe import load_recipe
+from pipeline.publish.provenance import evaluated_data
+from pipeline.recipe import data_arguments, load_recipe
 from pipeline.training.callbacks import StopOnSignal
 from pipeline.training.checkpoints import last_checkpoint
 from pipeline.training.train import build_trainer, train
@@ -78,6 +81,25 @@ def test_other_data_is_refused_on_resume_and_on_evaluation(tiny_recipe, image_fo
     shutil.rmtree("models/run")
     with pytest.raises(UserError, match=r"images or classes of .* are not those"):
         train(recipe)
+
+
+def test_other_labels_evaluate_a_published_split_but_not_a_part_of_train(tiny_recipe, here):
+    rows = [{"image": draw_image(i), "label": i % 2, "other": i // 2 % 2} for i in range(60)]
+    names = ClassLabel(names=["cat", "dog"])
+    features = Features({"image": ImageFeature(), "label": names, "other": names})
+    for folder, test in (("one", None), ("two", 20)):
+        Dataset.from_list(rows, features).to_parquet(f"{folder}/train.parquet")
+        if test:
+            Dataset.from_list(rows[:test], features).to_parquet(f"{folder}/test.parquet")
+        options = [f"--dataset={folder}", "--label_column=label", "--validation_size=0.25"]
+        train(load_recipe(tiny_recipe, [*options, "--max_steps=1", *STEPS], folder))
+    with pytest.raises(UserError, match=r"not the images .* it may have seen test images"):
+        evaluate("models/one", data_arguments("models/one", label="other"))
+    results = evaluate("models/two", data_arguments("models/two", label="other"))
+    assert results["support"] == [10, 10]
+    assert results["dataset"]["label_column"] == "other"
+    data = evaluated_data(Path("models/two"), results, None)
+    assert data.label_column == "other"
 
 
 @pytest.mark.slow
