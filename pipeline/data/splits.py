@@ -105,7 +105,15 @@ def limit(dataset: Dataset, count: int) -> Dataset:
             f"max_train_samples is {count}, but there are {classes} classes: set it to at least "
             "one image per class."
         )
-    return _drop(dataset, choose_rows(labels, len(labels) - count))
+    return dataset.select(sample_rows(labels, count))
+
+
+def sample_rows(labels: np.ndarray, count: int) -> np.ndarray:
+    """Choose `count` rows at random, the same share of each class and at least one (or all rows).
+
+    Takes class numbers, int (N,), and returns sorted row numbers.
+    """
+    return np.setdiff1d(np.arange(len(labels)), choose_rows(labels, len(labels) - count))
 
 
 def choose_rows(labels: np.ndarray, count: int) -> np.ndarray:

@@ -4,16 +4,14 @@ Kumar et al. 2022, arXiv:2202.10054. Fine-tuning then starts from a head that kn
 instead of a random one, which would first distort the features.
 """
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.data.decoding import DecodedImages
-from pipeline.data.splits import choose_rows, class_numbers
+from pipeline.data.splits import sample_rows
 from pipeline.data.transforms import preprocess
 from pipeline.training.backbone import output_layers
 from pipeline.training.model import size_options
@@ -22,13 +20,15 @@ PENALTY = 0.02  # of the squared weights, for features of unit variance
 BATCH = 128  # images
 
 
-def fit_head(model: PreTrainedModel, processor, dataset: Dataset, count: int, size: int) -> float:
+def fit_head(
+    model: PreTrainedModel, processor, images: DecodedImages, count: int, size: int
+) -> float:
     """Fit a model's last linear layer by logistic regression, in place.
 
     Args:
         model: A classifier with a pretrained backbone.
         processor: Its image processor.
-        dataset: Decoded training images.
+        images: The training images.
         count: How many of them to use, the same share of each class and at least one.
         size: Image size in pixels.
 
@@ -36,9 +36,8 @@ def fit_head(model: PreTrainedModel, processor, dataset: Dataset, count: int, si
         The share of these images that the model then classifies correctly.
     """
     (head,) = output_layers(model)  # see `build_model`
-    images, labels, features = DecodedImages(dataset), [], []
-    left_out = choose_rows(class_numbers(dataset), len(dataset) - count)  # no class whole
-    rows = torch.from_numpy(np.setdiff1d(np.arange(len(dataset)), left_out))
+    labels, features = [], []
+    rows = torch.from_numpy(sample_rows(images.labels, count))
     collector = head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     is_training = model.training
     model.eval()

@@ -95,9 +95,9 @@ class ImageTrainer(Trainer):
         self.wall_clock.start = time.monotonic()
         count, size = self.recipe.model.linear_probe_samples, training_sizes(self.recipe.model)[0]
         if count and not resume_from_checkpoint:
-            images, device = self.train_dataset.dataset, self.model.device
+            device = self.model.device
             model = self.model.to(self.args.device)  # FSDP and DeepSpeed move it later
-            correct = fit_head(model, self.processing_class, images, count, size)
+            correct = fit_head(model, self.processing_class, self.train_dataset, count, size)
             model.to(device)
             print_once(f"Fitted the head to training images; {correct:.1%} of them are correct.")
         return super().train(resume_from_checkpoint, **options)

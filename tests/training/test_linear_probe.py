@@ -8,6 +8,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
+from pipeline.data.decoding import DecodedImages
 from pipeline.data.loading import load_split
 from pipeline.errors import UserError
 from pipeline.evaluation.outputs import predict
@@ -54,7 +55,7 @@ def test_the_fitted_head_classifies_and_the_backbone_stays(backbones, kind):
     network = build_model(arguments, DIGITS).train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     state = torch.get_rng_state()
-    share = fit_head(network, processor, images, len(images), 32)
+    share = fit_head(network, processor, DecodedImages(images), len(images), 32)
     assert torch.equal(torch.get_rng_state(), state)
     assert network.training
     changed = {name for name, v in network.state_dict().items() if not torch.equal(v, before[name])}
@@ -96,7 +97,7 @@ def test_as_many_images_are_used_as_asked_for_or_all(backbones, monkeypatch, cou
     images = load_split(load_recipe("demo").data, "train", processor).select(range(20))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fit_head(build_model(arguments, DIGITS), processor, images, count, 32)
+        fit_head(build_model(arguments, DIGITS), processor, DecodedImages(images), count, 32)
     assert seen == [taken]
 
 
