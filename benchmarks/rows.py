@@ -94,8 +94,8 @@ def equal_time(args: Namespace) -> list[dict]:
     settings, and bfloat16 if ours does. The time includes data preparation."""
     model, minutes = args.model or save_vit(98), 0.1 if args.quick else args.minutes
     options = "cpu", model, "--max_steps=1000000", *UNTIMED
-    plain = ["--image_size_schedule=null", "--linear_probe_samples=0"]
-    ours, plain = (resolve(args, *options, *changes) for changes in ([], plain))
+    without = ["--image_size_schedule=null", "--linear_probe_samples=0"]
+    ours, plain = (resolve(args, *options, *changes) for changes in ([], without))
     own = transformers.AutoImageProcessor.from_pretrained(model).size.get("height", 224)
     size, errors = ours.model.image_size, {}
     theirs = partial(example.build_trainer, load_images(args, "train"), model)
@@ -116,8 +116,8 @@ def equal_time(args: Namespace) -> list[dict]:
         interval = [100 * bound for bound in wilson_interval(wrong, total)]
         errors[side] = summarize([100 * wrong / total], interval)
     name = f"Test error after {minutes:g} minutes, {Path(model).name}, {size}"
-    plain = {"name": f"{name} px, plain", "unit": "%", "ours": errors.pop("plain")}
-    return [{"name": f"{name} ({own}) px", "unit": "%", **errors}, plain]
+    row = {"name": f"{name} px, plain", "unit": "%", "ours": errors.pop("plain")}
+    return [{"name": f"{name} ({own}) px", "unit": "%", **errors}, row]
 
 
 def one_image(args: Namespace) -> list[dict]:

@@ -260,8 +260,8 @@ def data_arguments(
         raise UserError(f'"{model}" has no recipe.yaml: name the dataset with DATASET=.')
     keys = [key.name for key in fields(DataArguments)]
     data = DataArguments(**{key: settings[key] for key in keys if key in (settings or {})})
-    columns = {"image_column": image, "label_column": label}
-    data = replace(data, **{key: name for key, name in columns.items() if name})
+    image, label = image or data.image_column, label or data.label_column
+    data = replace(data, image_column=image, label_column=label)
     if dataset is None:
         return data
     return replace(data, dataset=dataset, dataset_config=None, dataset_revision=None)

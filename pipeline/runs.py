@@ -228,6 +228,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
 
 
+def device() -> torch.device:
+    """Return the accelerator, or the CPU if there is none."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def hardware() -> str:
     """Return the device in use, such as "2 cores of AMD EPYC" or "NVIDIA H100 80GB HBM3"."""
     if torch.cuda.is_available():

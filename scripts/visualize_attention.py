@@ -23,8 +23,6 @@ def main() -> None:
     args = parser.parse_args()
 
     # Imported after parsing, since these imports take seconds.
-    import torch
-
     from pipeline import plots, runs
     from pipeline.data.decoding import content_hash
     from pipeline.data.loading import load_split
@@ -36,7 +34,7 @@ def main() -> None:
     name = args.model or runs.last_run()
     examples = figures.examples_from_files(args.images)
     model, processor = load_model(name)
-    model = model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    model = model.to(runs.device())
     hashes = runs.model_hashes(name)
     folder = runs.results_folder(name)
     test = None

@@ -13,6 +13,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from pipeline import runs
+
 SIDE = 32  # pixels, side of a thumbnail
 COARSE = 8  # pixels, side of the color images used to find candidates
 NEIGHBORS = 5  # candidates for each image
@@ -57,7 +59,7 @@ def group(pairs: np.ndarray, count: int) -> np.ndarray:
 
 def _neighbors(vectors: Tensor) -> Tensor:
     """Pair each row of vectors (N, D) with its nearest ones by cosine: (N * NEIGHBORS, 2)."""
-    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    device = runs.device()
     vectors = F.normalize(vectors, dim=1).to(device)
     count = min(NEIGHBORS + 1, len(vectors))  # including the image itself
     found = [(part @ vectors.T).topk(count).indices.cpu() for part in vectors.split(BLOCK)]

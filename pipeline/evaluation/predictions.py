@@ -19,6 +19,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from tqdm.auto import tqdm
 
+from pipeline import runs
 from pipeline.data.decoding import open_image
 from pipeline.data.folders import IMAGES, is_image, walk
 from pipeline.data.loading import load_raw
@@ -108,7 +109,7 @@ def predict_to_file(
         raise UserError(f'The output file is "{output}"; it must end in .csv or .parquet.')
     model, processor = load_model(model_name)
     detector = ood.load_detector(model_name)
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = runs.device()
     model = model.to(device)
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     size, resample, crop = input_size(processor), processor.resample, processor.do_center_crop
