@@ -180,8 +180,8 @@ def memory(args: Namespace) -> list[dict]:
 def recipe(args: Namespace) -> list[dict]:
     """Time from decoding to the saved model, and mean test accuracy with its 95 % interval, over
     three seeds. Without `--model`, the backbone is an untrained ViT-B/16."""
-    quick = ["--image_size=32", "--max_steps=2"] if args.quick else []
-    model, minutes, accuracies = args.model or save_vit(32 if quick else 224), [], []
+    quick = ["--image_size=8", "--max_steps=2"] if args.quick else []
+    model, minutes, accuracies = args.model or save_vit(8 if quick else 224), [], []
     for seed in range(3):
         options = [f"--seed={seed}", f"--torch_compile={not ON_CPU}", *quick]
         run = resolve(args, args.recipe, model, *options, run=f"seed-{seed}")
