@@ -85,7 +85,7 @@ def evaluate(
     if "validation" in splits:  # a dataset with only a test split has none
         validation = run(splits["validation"])
         detection = ood.measure_ood(
-            run, processor, validation, test, dataset, split, data.dataset, others
+            run, processor, validation, test, dataset, split, source.names, others
         )
         folded = getattr(model.config, "calibration_temperature", 1.0)  # see `calibrate_run`
         temperature = fit_temperature(validation[0] * folded, validation[1]) or folded

@@ -34,6 +34,7 @@ DEPTH = 0.5  # the middle layer
 FEATURES = 64  # evenly spaced features of that layer, which keep the published covariance small
 IMAGES, FEWEST = 500, 20  # per OOD dataset
 BUILTIN = ("handwritten digits", "photographs", "uniform noise", "shuffled patches")
+DIGITS = {*"0123456789"}
 TILE = 64  # pixels, side of a photograph tile
 GRID = 4  # patches per side of an image whose patches are shuffled
 
@@ -70,7 +71,7 @@ def load_detector(model: str) -> Detector | None:
 
 def measure_ood(
     run: Callable[..., tuple], processor, validation: tuple, test: tuple, images: datasets.Dataset,
-    split: str, dataset: str, others: dict[str, datasets.Dataset],
+    split: str, classes: list[str], others: dict[str, datasets.Dataset],
 ) -> dict:  # fmt: skip
     """Fit a detector for each score, measure them on OOD datasets, and choose the best.
 
@@ -84,7 +85,7 @@ def measure_ood(
         test: The output of `run` for the evaluated split.
         images: The decoded images of that split, which are also used with shuffled patches.
         split: The name of that split.
-        dataset: The dataset's name. It is not used as an OOD dataset for itself.
+        classes: The class names. Handwritten digits are not OOD for a classifier of digits.
         others: Further OOD datasets, see `load_others`.
 
     Returns:
@@ -92,7 +93,7 @@ def measure_ood(
         positive rate (`ood_datasets`) and `auroc` by OOD dataset, and these for all `scores`.
     """
     sets = ood_datasets(processor)
-    if dataset == "digits":
+    if {*classes} <= DIGITS:
         del sets["handwritten digits"]
     outputs = {name: run(data) for name, data in sets.items()}
     part = images.shuffle(seed=0).select(range(min(IMAGES, len(images))))

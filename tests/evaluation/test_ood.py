@@ -5,6 +5,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from pipeline.data.loading import load_splits
+from pipeline.data.sources import digits
 from pipeline.errors import UserError
 from pipeline.evaluation import ood
 from pipeline.evaluation.evaluate import evaluate, save
@@ -62,7 +63,7 @@ def test_shuffled_patches_are_the_same_pixels_elsewhere():
 
 def test_ood_images_are_decoded_at_no_more_than_the_models_size(tmp_path):
     others = ood.ood_datasets(image_processor(98))
-    sizes = {"handwritten digits": 500, "photographs": 120, "uniform noise": 500}
+    sizes = {"handwritten digits": ood.IMAGES, "photographs": 120, "uniform noise": ood.IMAGES}
     assert {name: len(images) for name, images in others.items()} == sizes
     assert max(max(images.features["image"].shape) for images in others.values()) <= 98
     Image.new("RGB", (300, 200)).save(tmp_path / "unlabeled.png")
@@ -91,6 +92,12 @@ def test_ood_datasets_of_a_user_are_checked_before_anything_is_predicted(tmp_pat
             load(*names)
     with pytest.raises(UserError, match=r"few\" has 3 images; OOD detection needs 20"):
         load("few")
+
+
+def test_digits_are_not_ood_for_a_classifier_of_digits(measured):
+    digits().to_parquet("mnist/train.parquet")
+    rates = evaluate("models/tiny", DataArguments(dataset="mnist"))["ood"]["ood_datasets"]
+    assert set(rates) == {"photographs", "uniform noise", "shuffled patches"}
 
 
 @pytest.mark.slow
