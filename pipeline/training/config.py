@@ -33,9 +33,14 @@ def load_config(arguments: ModelArguments) -> PreTrainedConfig:
             config = AutoConfig.for_model(**arguments.model_config)
         else:
             check_exists(name, arguments.model_revision)
-            config = AutoConfig.from_pretrained(
-                os.path.expanduser(name), revision=arguments.model_revision, trust_remote_code=False
-            )
+            folder, options = os.path.expanduser(name), {"revision": arguments.model_revision}
+            settings, _ = PreTrainedConfig.get_config_dict(folder, **options)
+            if settings.get("model_type") == "timm_wrapper":  # AutoConfig needs timm for it
+                raise UserError(
+                    f'"{name}" is a checkpoint of timm: choose one of transformers, such as '
+                    "facebook/dinov2-small."
+                )
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
         classes = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None)
         if classes is None:
             raise UserError(

@@ -101,7 +101,7 @@ FAMILIES = {
 REFUSED = {
     "vit_mae": (VIT, 'no image classifier of the type "vit_mae"'),
     "dinov3_vit": (VIT, 'no image classifier of the type "dinov3_vit"'),
-    "timm_wrapper": ({"architecture": "resnet18"}, "pip install timm"),
+    "timm_wrapper": ({"architecture": "resnet18"}, "is a checkpoint of timm"),
     "dinat": ({}, "requires the natten library"),
     "imagegpt": ({}, "does not take an image's pixels"),
     "perceiver": ({}, "does not take an image's pixels"),
