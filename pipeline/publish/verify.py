@@ -125,7 +125,10 @@ def _check_files(folder: Path, repo: str) -> dict:
         raise UserError("recipe.yaml is not the recipe of the results.")
     text = (folder / "README.md").read_bytes().decode()
     if lines := card.mismatches(text, card.render(results, repo, publication, faithfulness)):
-        raise UserError("\n".join(["The card is not the one rendered from its results:", *lines]))
+        reason, code = "The card is not the one rendered from its results", results["code_revision"]
+        if code and code != runs.code_revision():
+            reason += f" (if only its wording differs, verify it with the code at {code})"
+        raise UserError("\n".join([f"{reason}:", *lines]))
     if publication.get("onnx") != runs.read_json(folder / onnx.REPORT):
         raise UserError(f"The card's ONNX copies are not those of {onnx.REPORT}.")
     if changed := runs.changed_files(publication["files"], folder):
