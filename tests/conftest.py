@@ -26,10 +26,24 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from hub_fixtures import hub_server  # noqa: F401
 from pipeline import runs
+from pipeline.evaluation import ood
 from samples import ROOT, SMALL_VIT, draw_image
 from space_fixtures import app, cifar_folder, model_folder, space_url  # noqa: F401
 
 SHARED = ROOT.parent / "shared"
+# A recipe that learns in a second or two, and so evenly that rounding does not show.
+TINY_RECIPE = """
+dataset: digits
+model_config: {model_type: vit, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2,
+  intermediate_size: 64, patch_size: 16}
+image_size: 32
+random_crop_padding: 0.125
+num_train_epochs: 1
+per_device_train_batch_size: 64
+learning_rate: 3.0e-3
+disable_tqdm: true
+"""
+ood.IMAGES = 100  # in each OOD dataset: every evaluation predicts them
 
 
 @pytest.fixture(autouse=True)
@@ -74,20 +88,31 @@ def backbones(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture
 def tiny_recipe(here) -> str:
-    """A recipe that learns in a second or two, and so evenly that rounding does not show."""
+    """The path of TINY_RECIPE."""
     path = here / "tiny.yaml"
-    path.write_text(
-        "dataset: digits\n"
-        "model_config: {model_type: vit, hidden_size: 32, num_hidden_layers: 2,\n"
-        "  num_attention_heads: 2, intermediate_size: 64, patch_size: 16}\n"
-        "image_size: 32\n"
-        "random_crop_padding: 0.125\n"
-        "num_train_epochs: 1\n"
-        "per_device_train_batch_size: 64\n"
-        "learning_rate: 3.0e-3\n"
-        "disable_tqdm: true\n"
-    )
+    path.write_text(TINY_RECIPE)
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory) -> Path:
+    """Four epochs of TINY_RECIPE, in `models/run`."""
+    from pipeline.recipe import load_recipe
+    from pipeline.training.train import train
+
+    root = tmp_path_factory.mktemp("trained")
+    (root / "tiny.yaml").write_text(TINY_RECIPE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        train(load_recipe("tiny.yaml", ["--num_train_epochs=4"], "run"))
+    return root
+
+
+@pytest.fixture
+def trained(trained_once, here) -> str:
+    """A copy of that in the folder worked in; its name is returned."""
+    shutil.copytree(trained_once, here, dirs_exist_ok=True)
+    return "models/run"
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 import io
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +17,7 @@ from pipeline.evaluation.audit import as_text, audit, duplicate_rows, label_erro
 from pipeline.evaluation.duplicates import group, near_duplicates
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.recipe import DataArguments
-from samples import ROOT, draw_image
+from samples import draw_image, run_script
 
 TILE = 64
 
@@ -118,7 +116,7 @@ def test_planted_label_errors_come_first():
     assert probabilities == sorted(probabilities)
 
 
-def test_an_audit_reports_every_fault(image_folder, here):
+def test_an_audit_reports_every_fault(image_folder, here, monkeypatch, capsys):
     train, test = image_folder / "train", image_folder / "test"
     tiles = [Image.fromarray(tile) for tile in photograph_tiles() if tile.std() > 25]
     for i, tile in enumerate(tiles[:6]):
@@ -131,12 +129,10 @@ def test_an_audit_reports_every_fault(image_folder, here):
     Image.new("RGB", (50, 40)).save(test / "cat" / "black.png")
     Image.new("RGB", (50, 40), "red").save(test / "cat" / "red.png")
     (test / "cat" / "torn.png").write_bytes(b"\x89PNG")
-    command = [sys.executable, ROOT / "scripts/audit.py", "--dataset", image_folder]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    run_script(monkeypatch, script.main, "--dataset", str(image_folder))
     folder = here / "results/audit/pets"
     report = json.loads((folder / "audit.json").read_text())
-    assert (folder / "report.txt").read_text() in result.stdout
+    assert (folder / "report.txt").read_text() in capsys.readouterr().out
     entry = report["splits"]["test"]
     assert entry["classes"] == {"cat": 4, "dog": 2}
     assert entry["modes"] == {"RGB": 4, "L": 1}
@@ -161,12 +157,9 @@ def test_one_of_two_label_columns_can_be_audited(here, monkeypatch, capsys):
         {"img": ImageFeature()} | {k: ClassLabel(names=v) for k, v in names.items()}
     )
     Dataset.from_dict({"img": images} | labels, features).to_parquet(here / "two/train-0.parquet")
-    command = ["audit.py", "--dataset", "two"]
-    monkeypatch.setattr("sys.argv", command)
     with pytest.raises(UserError, match="--label_column"):
-        script.main()
-    monkeypatch.setattr("sys.argv", [*command, "--label_column", "coarse"])
-    script.main()
+        run_script(monkeypatch, script.main, "--dataset", "two")
+    run_script(monkeypatch, script.main, "--dataset", "two", "--label_column", "coarse")
     assert "animal" in capsys.readouterr().out
 
 

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import pipeline
 
+import train_vit
 from pipeline.data.loading import load_split
 from pipeline.evaluation import calibration
 from pipeline.evaluation.calibration import calibrate_run, fit_temperature, fold_temperature
@@ -19,7 +18,7 @@ from pipeline.evaluation.outputs import predict
 from pipeline.recipe import DataArguments, load_recipe
 from pipeline.training.model import load_model
 from pipeline.training.train import train
-from samples import ROOT
+from samples import run_script
 
 
 def test_the_temperature_of_known_logits_is_found():
@@ -60,10 +59,11 @@ def test_a_folded_temperature_divides_the_logits(backbones):
 
 
 @pytest.mark.slow
-def test_a_calibrated_run_gives_calibrated_probabilities_by_plain_pipeline(tiny_recipe, here):
-    command = [sys.executable, ROOT / "scripts/train_vit.py", "--recipe", tiny_recipe]
+def test_a_calibrated_run_gives_calibrated_probabilities_by_plain_pipeline(
+    tiny_recipe, monkeypatch
+):
     options = ["--num_train_epochs=5", "--label_smoothing_factor=0.4", "--calibrate"]
-    subprocess.run([*command, "--run=run", *options], check=True, capture_output=True)
+    run_script(monkeypatch, train_vit.main, "--recipe", tiny_recipe, "--run=run", *options)
     data, weights = DataArguments(dataset="digits"), Path("models/run/model.safetensors")
     calibrated, content = evaluate("models/run", data), weights.read_bytes()
     entry = calibrated["calibration"]

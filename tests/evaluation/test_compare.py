@@ -1,16 +1,15 @@
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
+import compare as script
 from pipeline import runs
 from pipeline.errors import UserError
 from pipeline.evaluation.compare import average, compare
-from samples import ROOT
+from samples import run_script
 
 DATASET = {"name": "pets", "config": None, "revision": None, "split": "test"}
 DATASET |= {"published_split": "test"}
@@ -102,28 +101,25 @@ def test_seeds_are_averaged_with_students_interval():
 
 
 @pytest.mark.slow
-def test_the_script_compares_runs_and_averages_seeds(measured):
+def test_the_script_compares_runs_and_averages_seeds(measured, monkeypatch, capsys):
     shutil.copytree("models/tiny", "models/other")
     other = runs.read_json(measured / "results/tiny/evaluation_results.json")
     other["recipe"]["seed"] = 7
     other["predictions"][:5] = [(p + 1) % 10 for p in other["predictions"][:5]]
     runs.write_json(measured / "results/other/evaluation_results.json", other)
 
-    def run_script(*arguments: str, status: int = 0) -> str:
-        command = [sys.executable, ROOT / "scripts/compare.py", *arguments]
-        process = subprocess.run(command, capture_output=True, text=True)
-        assert process.returncode == status, process.stderr
-        return process.stderr if status else process.stdout
-
-    text = run_script("tiny", "models/other")
+    run_script(monkeypatch, script.main, "tiny", "models/other")
+    text = capsys.readouterr().out
     report = json.loads((measured / "results/compare/tiny_other/comparison.json").read_text())
     assert f"p = {report['p_value']:.2g}" in text
     assert report["images"] == 360
     assert report["rows"] == [row for row in report["rows"] if row < 5]
-    run_script("tiny", "other", "--seeds")
+    run_script(monkeypatch, script.main, "tiny", "other", "--seeds")
     for name in ("tiny", "other"):
         table = runs.read_json(measured / f"results/{name}/evaluation_results.json")["seeds"]
         assert table["accuracy"]["mean"] == pytest.approx(other["accuracy"])
-    assert "have one results folder" in run_script("tiny", "models/tiny", status=1)
+    with pytest.raises(UserError, match="have one results folder"):
+        run_script(monkeypatch, script.main, "tiny", "models/tiny")
     (measured / "models/tiny/config.json").write_text("{}")
-    assert "tiny was trained again" in run_script("tiny", "other", status=1)
+    with pytest.raises(UserError, match="tiny was trained again"):
+        run_script(monkeypatch, script.main, "tiny", "other")

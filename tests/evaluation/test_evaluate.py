@@ -1,40 +1,34 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+import evaluate_vit
 from pipeline.data.loading import load_split
-from pipeline.errors import UserError
+from pipeline.errors import UserError, run_main
 from pipeline.evaluation.evaluate import _without, as_text, evaluate
 from pipeline.recipe import DataArguments, load_recipe
 from pipeline.training.train import train
-from samples import ROOT, draw_image, image_processor
+from samples import draw_image, image_processor, run_script
 
 DIGITS = DataArguments(dataset="digits")
 
 
-@pytest.fixture
-def model(tiny_recipe) -> str:
-    train(load_recipe(tiny_recipe, ["--num_train_epochs=4"], "run"))
-    return "models/run"
-
-
-def test_results_are_what_pipeline_gives_image_by_image(model):
+def test_results_are_what_pipeline_gives_image_by_image(trained):
     from transformers import pipeline
 
-    results = evaluate(model, DIGITS)
+    results = evaluate(trained, DIGITS)
     test = load_split(DIGITS, "test", image_processor())
     images = [
         Image.fromarray(torch.tensor(row["image"], dtype=torch.uint8).permute(1, 2, 0).numpy())
         for row in test
     ]
-    answers = pipeline("image-classification", model, batch_size=60)(images, top_k=1)
+    answers = pipeline("image-classification", trained, batch_size=60)(images, top_k=1)
     predicted = [int(answer[0]["label"]) for answer in answers]
     assert results["predictions"] == predicted
     right = sum(p == t for p, t in zip(predicted, test["label"], strict=True))
@@ -44,10 +38,10 @@ def test_results_are_what_pipeline_gives_image_by_image(model):
 
 
 @pytest.mark.slow
-def test_results_carry_what_they_were_computed_from(model):
-    results = evaluate(model, DIGITS)
+def test_results_carry_what_they_were_computed_from(trained):
+    results = evaluate(trained, DIGITS)
     for name, expected in results["model"]["sha256"].items():
-        assert hashlib.sha256((Path(model) / name).read_bytes()).hexdigest() == expected
+        assert hashlib.sha256((Path(trained) / name).read_bytes()).hexdigest() == expected
     assert set(results["model"]["sha256"]) == {
         "model.safetensors",
         "config.json",
@@ -60,19 +54,19 @@ def test_results_carry_what_they_were_computed_from(model):
 
 
 @pytest.mark.slow
-def test_another_split_and_batch_size_give_their_own_numbers(model):
-    validation = evaluate(model, DIGITS, split="validation", batch_size=7)
+def test_another_split_and_batch_size_give_their_own_numbers(trained):
+    validation = evaluate(trained, DIGITS, split="validation", batch_size=7)
     assert validation["dataset"]["images"] == 72
     assert "split validation, 72 images" in as_text(validation)
-    whole = evaluate(model, DIGITS, batch_size=360)
-    assert evaluate(model, DIGITS, batch_size=7)["accuracy"] == whole["accuracy"]
+    whole = evaluate(trained, DIGITS, batch_size=360)
+    assert evaluate(trained, DIGITS, batch_size=7)["accuracy"] == whole["accuracy"]
 
 
 @pytest.mark.slow
-def test_a_first_look_says_so_and_is_close(model, monkeypatch):
-    whole = evaluate(model, DIGITS)
+def test_a_first_look_says_so_and_is_close(trained, monkeypatch):
+    whole = evaluate(trained, DIGITS)
     monkeypatch.setattr("pipeline.runs.has_fast_bfloat16", lambda: True)
-    rounded = evaluate(model, DIGITS, bf16=True)
+    rounded = evaluate(trained, DIGITS, bf16=True)
     assert (whole["dtype"], rounded["dtype"]) == ("float32", "bfloat16")
     assert rounded["nll"] != whole["nll"]
     assert rounded["nll"] == pytest.approx(whole["nll"], abs=0.02)
@@ -99,17 +93,16 @@ def test_without_any_image_left_there_is_no_accuracy():
     assert _without(None, logits, labels) is None
 
 
-def test_a_dataset_of_other_classes_is_refused(model, image_folder):
+def test_a_dataset_of_other_classes_is_refused(trained, image_folder):
     with pytest.raises(UserError, match=r"10 classes \(0, 1, 2 and 7 more\).* 2 \(cat, dog\)"):
-        evaluate(model, DataArguments(dataset=str(image_folder)))
+        evaluate(trained, DataArguments(dataset=str(image_folder)))
 
 
 @pytest.mark.slow
-def test_the_script_evaluates_the_last_run_and_writes_everything(model, here):
-    result = subprocess.run(
-        [sys.executable, ROOT / "scripts/evaluate_vit.py"], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
+def test_the_script_evaluates_the_last_run_and_writes_everything(
+    trained, here, monkeypatch, capsys
+):
+    run_script(monkeypatch, evaluate_vit.main)
     assert {p.name for p in (here / "results/run").iterdir()} == {
         "evaluation_results.txt",
         "evaluation_results.json",
@@ -124,7 +117,7 @@ def test_the_script_evaluates_the_last_run_and_writes_everything(model, here):
     results = json.loads((here / "results/run/evaluation_results.json").read_text())
     text = (here / "results/evaluation_results.txt").read_text()
     assert f"{results['accuracy']:.2%}" in text
-    assert text in result.stdout
+    assert text in capsys.readouterr().out
     assert results["training"]["steps"] == 88
     for figure in ("training_curves.png", "confusion_matrix.png"):
         with Image.open(here / "results/run" / figure) as image:
@@ -132,12 +125,8 @@ def test_the_script_evaluates_the_last_run_and_writes_everything(model, here):
             assert len(image.convert("L").getcolors(256)) > 20  # something is drawn
 
 
-@pytest.mark.slow
-def test_nothing_to_evaluate_is_one_line(here):
-    result = subprocess.run(
-        [sys.executable, ROOT / "scripts/evaluate_vit.py"], capture_output=True, text=True
-    )
-    assert result.returncode == 1
-    assert result.stderr.strip().splitlines() == [
-        "Error: There is no trained model in models/: train one, or name one with MODEL=."
-    ]
+def test_nothing_to_evaluate_is_one_line(here, monkeypatch):
+    with pytest.raises(SystemExit) as ended:
+        run_script(monkeypatch, partial(run_main, evaluate_vit.main))
+    message = "There is no trained model in models/: train one, or name one with MODEL=."
+    assert ended.value.code == f"Error: {message}"

@@ -1,25 +1,22 @@
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from PIL import Image
 
+import visualize_attention
 from pipeline.data.loading import load_split
 from pipeline.errors import UserError
 from pipeline.explain import figures
 from pipeline.explain.faithfulness import measure_faithfulness
-from pipeline.recipe import DataArguments, load_recipe
+from pipeline.recipe import DataArguments
 from pipeline.training.model import load_model
-from pipeline.training.train import train
-from samples import ROOT, draw_image, image_processor
+from samples import draw_image, image_processor, run_script
 
 
 @pytest.fixture
-def model(tiny_recipe):
-    train(load_recipe(tiny_recipe, [], "run"))
-    return load_model("models/run")
+def model(trained):
+    return load_model(trained)
 
 
 def test_examples_are_one_per_class_and_the_most_confident_errors():
@@ -109,19 +106,14 @@ def test_a_wrong_selection_is_named(model, here):
 
 
 @pytest.mark.slow
-def test_the_script_draws_the_typical_images_of_the_last_run(model, here):
-    command = [sys.executable, ROOT / "scripts/visualize_attention.py"]
-    result = subprocess.run([*command, "--faithfulness=10"], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+def test_the_script_draws_the_typical_images_of_the_last_run(trained, here, monkeypatch, capsys):
+    run_script(monkeypatch, visualize_attention.main, "--faithfulness=10")
     folder = here / "results/run/visualizations"
     assert (folder / "overview.png").exists()
     assert len(list(folder.glob("*_layers.png"))) >= 7
     found = json.loads((here / "results/run/attention_faithfulness.json").read_text())
     assert found["images"] == 10
     assert (here / "results/run/attention_faithfulness.png").exists()
-    assert "than random order" in result.stdout
-
-    result = subprocess.run([*command, "--layer=9"], capture_output=True, text=True)
-    assert result.returncode == 1
-    assert result.stderr.strip().splitlines()[-1].startswith("Error: There is no layer 9")
-    assert "Traceback" not in result.stderr
+    assert "than random order" in capsys.readouterr().out
+    with pytest.raises(UserError, match="There is no layer 9"):
+        run_script(monkeypatch, visualize_attention.main, "--layer=9")

@@ -31,10 +31,9 @@ from publishing import (
     history,
     record_figure,
     replace_file,
-    run_script,
     send,
 )
-from samples import draw_image
+from samples import draw_image, run_script
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,7 @@ from hub_fixtures import MINE
 from jobs import run_recorded_job
 from pipeline.errors import UserError
 from pipeline.publish.job import follow
-from publishing import run_script
-from samples import ROOT
+from samples import ROOT, run_script
 
 REPO = "me/from-a-job"
 JOB = (REPO, "--recipe=demo", "--license=apache-2.0", "--flavor=cpu-basic")

@@ -14,7 +14,7 @@ from pipeline.publish.verify import verify
 from publishing import LICENSE, MODEL, REPO, RESULTS, record_figure, send
 from samples import ROOT
 
-KILLS = int(os.environ.get("KILLS", "4"))  # 30 take a quarter of an hour
+KILLS = int(os.environ.get("KILLS", "2"))  # 30 take a quarter of an hour
 PUSH = ["--model", str(MODEL), "--license", LICENSE, "--seed", "0"]
 
 

@@ -28,11 +28,12 @@ from pipeline.publish.staging import stage_model
 from pipeline.recipe import load_recipe
 from pipeline.training.model import load_model
 from pipeline.training.train import train
-from publishing import replace_file, run_script
-from samples import ROOT
+from publishing import replace_file
+from samples import ROOT, run_script
 
 JAVASCRIPT = ROOT / "tests/publish/javascript"
 TRANSFORMERS_JS = "@huggingface/transformers@4.3.1"
+SIZE = 16  # pixels
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.slow
 pytest.importorskip("onnxruntime")
@@ -44,7 +45,8 @@ def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
-        options = ["--num_train_epochs=8", "--learning_rate=1e-3", "--image_size_schedule={0: 32}"]
+        options = ["--num_train_epochs=12", "--learning_rate=1e-3"]
+        options += [f"--image_size={SIZE}", "--image_size_schedule=null"]
         recipe = load_recipe("demo", [*options, "--disable_tqdm=true"], "run")
         train(recipe)
         save(evaluate("models/run", recipe.data), Path("results/run"))
@@ -190,12 +192,12 @@ def published(exported, hub_server):
 
 
 def write_images(folder: Path, images: np.ndarray) -> list[str]:
-    """Write images (N, H, W, 3) at 32 px, the model's size: its resize is not what is compared."""
+    """Write images (N, H, W, 3) at the model's size: its resize is not what is compared."""
     from PIL import Image
 
     names = [f"{i}.png" for i in range(len(images))]
     for name, image in zip(names, images, strict=True):
-        Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC).save(folder / name)
+        Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(folder / name)
     return names
 
 

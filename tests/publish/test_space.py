@@ -14,7 +14,8 @@ from pipeline import runs
 from pipeline.errors import UserError
 from pipeline.publish import provenance, space
 from pipeline.publish.provenance import EVALUATION
-from publishing import MODEL, history, replace_file, run_script
+from publishing import MODEL, history, replace_file
+from samples import run_script
 
 SPACE, SHOWN = "me/look", "me/digits"
 

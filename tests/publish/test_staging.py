@@ -19,8 +19,8 @@ from pipeline.publish.hub import list_files
 from pipeline.publish.staging import published_files, stage
 from pipeline.recipe import DataArguments, load_recipe
 from pipeline.training.model import build_model, build_processor
-from publishing import LICENSE, MODEL, REPO, RESULTS, record_figure, run_script, stage_tiny
-from samples import image_processor
+from publishing import LICENSE, MODEL, REPO, RESULTS, record_figure, stage_tiny
+from samples import image_processor, run_script
 
 EVALUATION = RESULTS / "evaluation_results.json"
 PUBLIC = {None, "0" * 64}

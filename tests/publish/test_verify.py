@@ -20,8 +20,8 @@ from pipeline.publish import card
 from pipeline.publish.hub import MAIN, PUBLICATION, Repository
 from pipeline.publish.verify import verify
 from pipeline.recipe import DataArguments
-from publishing import LICENSE, MODEL, REPO, RESULTS, replace_file, run_script, send
-from samples import image_processor
+from publishing import LICENSE, MODEL, REPO, RESULTS, replace_file, send
+from samples import image_processor, run_script
 
 pytestmark = pytest.mark.slow
 
@@ -313,7 +313,14 @@ def test_text_hidden_in_a_comment_of_the_card_fails(api):
     send(api)
     text = Path(api.hf_hub_download(REPO, "README.md")).read_text()
     republish(api, "README.md", text.replace("## Usage", "<!-- buy -->\n## Usage").encode())
-    fails(api, r"(?s)The card is not .*\n\+<!-- buy -->")
+    fails(api, r"(?s)The card is not .*results:\n.*\+<!-- buy -->")
+
+
+def test_a_card_of_another_version_of_the_code_says_which(api):
+    forge(api, code_revision="f" * 40)
+    text = Path(api.hf_hub_download(REPO, "README.md")).read_text()
+    republish(api, "README.md", text.replace("## Usage", "## How to use").encode())
+    fails(api, "wording differs, verify it with the code at f{40}")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 """Steps of a publication, as the tests of `pipeline.publish` take them."""
 
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -15,12 +13,6 @@ REPO = "me/digits"
 MODEL = Path("models/tiny")
 RESULTS = Path("results/tiny")
 LICENSE = "apache-2.0"
-
-
-def run_script(monkeypatch, main: Callable[[], None], *args: str) -> None:
-    """Call a script's `main` with a command line."""
-    monkeypatch.setattr(sys, "argv", [main.__module__, *args])
-    main()
 
 
 def stage_tiny(api: HfApi, **options) -> Path:

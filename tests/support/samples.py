@@ -1,5 +1,7 @@
 """Small real things to test with."""
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,3 +28,9 @@ def draw_image(seed: int, size: tuple[int, int] = (12, 10)) -> Image.Image:
     """Return an RGB image of random pixels; `size` is width and height."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def run_script(monkeypatch, main: Callable[[], None], *args: str) -> None:
+    """Call a script's `main` with a command line, in this process."""
+    monkeypatch.setattr(sys, "argv", ["script", *args])
+    main()

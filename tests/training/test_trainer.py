@@ -311,6 +311,7 @@ def test_the_trained_model_agrees_with_pipeline_on_real_images(shared, here):
             "--image_size_schedule=null",
             "--linear_probe_samples=100",
             "--max_steps=3",
+            "--max_train_samples=200",
             "--per_device_train_batch_size=16",
             "--validation_size=0.001",
             "--disable_tqdm=true",
