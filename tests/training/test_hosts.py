@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.root]
 # Either host may be lost but the one where they meet. That one is the second here, so that the one
 # lost is the one that writes the checkpoints: ranks go by address.
 MAIN = "10.77.0.2:29500"
-STEPS = 100
+STEPS = 60
 
 
 class Host:
