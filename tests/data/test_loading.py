@@ -298,6 +298,7 @@ def test_an_unreachable_hub_names_the_ways_out(here, monkeypatch):
         run_script(monkeypatch, train_vit.main, "--recipe=vit-base")
     for way in ("make demo", "DATASET=", "MODEL=", "HF_ENDPOINT"):
         assert way in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow

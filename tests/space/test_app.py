@@ -132,8 +132,9 @@ def test_without_a_model_the_app_ends_with_a_sentence_and_status_1(tmp_path):
 def test_a_model_that_does_not_exist_is_named(app, monkeypatch):
     monkeypatch.delenv("SPACE_ID", raising=False)
     monkeypatch.setenv("MODEL_ID", "models/typo")
-    with pytest.raises(SystemExit, match='^Error: There is no cached model "models/typo"'):
+    with pytest.raises(SystemExit, match='^Error: There is no cached model "models/typo"') as ended:
         app.open_page()
+    assert "\n" not in str(ended.value)
 
 
 @pytest.mark.parametrize(
